@@ -1,0 +1,39 @@
+# Everything installs from PyPI into .venv; nothing else is fetched.
+#   make demo PYTHON=python3.12     with another interpreter
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(READY) ## make .venv with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo "raydmd needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the tested versions into .venv (a few minutes, about 3 GB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
+		-c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "installed: $$($(BIN)/python -m raydmd --version)"
+
+demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
+	$(BIN)/python experiments/phased_wan22.py
+
+test: $(READY) ## install, then run every test: unit, local, ray, chaos
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff, mypy --strict, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	.ci/docstrings
+
+format: $(READY) ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

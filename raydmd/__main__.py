@@ -1,0 +1,6 @@
+"""``python -m raydmd``."""
+
+from raydmd.cli import main
+
+if __name__ == "__main__":
+    main()

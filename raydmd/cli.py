@@ -1,0 +1,321 @@
+"""The command line: ``raydmd``, and the front that all scripts in ``experiments/`` share.
+
+Importing this module brings in no Ray, diffusers or MLflow, so that ``--help``, ``--dry-run`` and
+refused input answer at once. What runs is :func:`raydmd.training.run.run`, imported when needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+import typer
+
+import raydmd
+from raydmd import recipe_io
+from raydmd.errors import DONE, FAILED, STOPPED, InputError, RaydmdError, RunStopped
+from raydmd.recipe import FREE, Recipe, combine, known_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
+
+FLAGS = {
+    "model": "model.path",
+    "prompts": "data.prompts",
+    "name": "name",
+    "output": "output",
+    "workers": "placement.workers",
+    "teachers": "placement.teachers",
+    "seed": "seed",
+    "deterministic": "deterministic",
+}
+"""Flags that are short for a recipe key."""
+OTHER_FLAGS = ("recipe", "max-cycles", "dry-run", "help")
+
+EPILOG = """\b
+Any recipe key is a flag too, in either form; 'raydmd recipe' lists them:
+  --training.student.rate 1e-5    training.student.rate=1e-5
+What wins: flags and keys, then the recipe file, then the defaults.
+
+\b
+Exit codes:
+  0  done
+  1  failed; what was computed is kept
+  2  bad input, nothing was started
+  3  stopped; the same command with the same name resumes
+RAYDMD_DEBUG=1 shows tracebacks."""
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Click leaves what it doesn't know in ``ctx.args``; :func:`read_overrides` reads it strictly."""
+
+
+def experiment(
+    *, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run an experiment script: read its command line, resolve its recipe, run it, exit.
+
+    Args:
+        zoo: the parent recipe on a tiny model that ships with the package; used unless a model that
+            is not of the zoo is named by flag, key or recipe file.
+        paper: the parent recipe with the paper's settings, for real weights.
+        doc: what ``--help`` says; pass ``__doc__``.
+        argv: arguments; default: those of the process.
+    """
+
+    def parent(model: str | None) -> Recipe:
+        return zoo if model is None or model == zoo.model.path or in_zoo(model) else paper
+
+    app = _app()
+    script = Path(sys.argv[0]).name
+    app.command(help=doc, epilog=EPILOG, context_settings=PASS_ON, options_metavar=USAGE)(
+        _front(parent, takes_file=False)
+    )
+    app(args=None if argv is None else list(argv), prog_name=script)
+    raise AssertionError("typer exits by itself")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The ``raydmd`` command.
+
+    Args:
+        argv: arguments; default: those of the process.
+    """
+    app = _app()
+    app.callback(epilog=EPILOG)(_root)
+    app.command("run", epilog=EPILOG, context_settings=PASS_ON, options_metavar=f"FILE {USAGE}")(
+        _front(lambda _: Recipe(), takes_file=True)
+    )
+    app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(
+        _print_recipe
+    )
+    app(args=None if argv is None else list(argv), prog_name="raydmd")
+    raise AssertionError("typer exits by itself")
+
+
+def in_zoo(model: str) -> bool:
+    """Whether ``model`` names a pipeline that ships with the package."""
+    plain = model not in ("", ".", "..") and "/" not in model
+    return plain and resources.files("raydmd.zoo").joinpath("data", model).is_dir()
+
+
+def read_overrides(words: Sequence[str], *, files: int = 0) -> tuple[list[str], list[str]]:
+    """Sort what is left of a command line into ``key=value`` overrides and file names.
+
+    Args:
+        words: what click did not know, in its order.
+        files: how many words may be file names.
+
+    Returns:
+        Overrides and file names.
+
+    Raises:
+        InputError: for an unknown flag (with the nearest right one), a key without a value, or a
+            word that is neither.
+    """
+    keys = set(known_keys())
+    overrides: list[str] = []
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("-"):
+            key, sign, value = word.removeprefix("--").partition("=")
+            if word.startswith("--") and key in keys:
+                if not sign:
+                    value = next(rest, "")
+                    if not value or value.startswith("--"):
+                        raise InputError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
+                overrides.append(f"{key}={value}")
+                continue
+            raise InputError(f"unknown flag '{word.partition('=')[0]}'{_nearest_flag(key)}")
+        if "=" in word:
+            overrides.append(word)
+        elif len(found) < files:
+            found.append(word)
+        else:
+            key = word if word in keys else "KEY"
+            raise InputError(f"can't read '{word}'; a recipe key is set by {key}=VALUE")
+    return overrides, found
+
+
+USAGE = "[FLAGS] [KEY=VALUE]..."
+_Model = Annotated[
+    str | None,
+    typer.Option(help="Zoo name, folder in diffusers' format, or hub id.", show_default=False),
+]
+_Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="One prompt a line, UTF-8.")]
+_Name = Annotated[str | None, typer.Option(help="Of the run; the same name resumes it.")]
+_Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Runs are kept in here.")]
+_Workers = Annotated[int | None, typer.Option(help="Training workers.")]
+_Teachers = Annotated[int | None, typer.Option(help="Teacher replicas.")]
+_MaxCycles = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop, resumably, once the run has this many cycles in all."),
+]
+_Seed = Annotated[int | None, typer.Option(help="Of every random draw.")]
+_Deterministic = Annotated[
+    bool | None,
+    typer.Option("--deterministic/--no-deterministic", help="Bit-identical repeats, slower."),
+]
+_RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="A YAML file of recipe keys that differ."),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and exit.")]
+
+
+def _front(parent: Callable[[str | None], Recipe], *, takes_file: bool) -> Callable[..., None]:
+    """The command that all runs share; ``parent`` picks by model the recipe to differ from."""
+
+    def run_recipe(
+        ctx: typer.Context,
+        model: _Model = None,
+        prompts: _Prompts = None,
+        name: _Name = None,
+        output: _Output = None,
+        workers: _Workers = None,
+        teachers: _Teachers = None,
+        max_cycles: _MaxCycles = None,
+        seed: _Seed = None,
+        deterministic: _Deterministic = None,
+        recipe: _RecipeFile = None,
+        dry_run: _DryRun = False,
+    ) -> None:
+        """Run a recipe file."""
+        given = (model, prompts, name, output, workers, teachers, seed, deterministic)
+        flags = [f"{k}={v}" for k, v in zip(FLAGS.values(), given, strict=True) if v is not None]
+
+        def resolve() -> Recipe:
+            keys, files = read_overrides(ctx.args, files=1 if takes_file and recipe is None else 0)
+            file = Path(files[0]) if files else recipe
+            if takes_file and file is None:
+                raise InputError(
+                    "which recipe? raydmd run FILE; 'raydmd recipe' prints one to edit"
+                )
+            return _resolve(parent, file, [*flags, *keys])
+
+        resolved = _guard(resolve, None)
+        if dry_run:
+            typer.echo(resolved.to_yaml(), nl=False)
+            raise typer.Exit(DONE)
+        raise typer.Exit(_guard(lambda: _run(resolved, max_cycles), resolved))
+
+    return run_recipe
+
+
+def _resolve(
+    parent: Callable[[str | None], Recipe], file: Path | None, overrides: list[str]
+) -> Recipe:
+    changes = recipe_io.read_changes(file, whole=FREE) if file else {}
+    changes |= dict(recipe_io.split_override(o) for o in overrides)
+    model = changes.get("model.path")
+    return combine(parent(None if model is None else str(model)), file=file, overrides=overrides)
+
+
+def _run(recipe: Recipe, max_cycles: int | None) -> int:
+    from raydmd.training.run import run
+
+    return run(recipe, max_cycles=max_cycles) or DONE
+
+
+def _print_recipe(
+    ctx: typer.Context,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML recipe.")] = None,
+) -> None:
+    """Print the default recipe, changed by a file and by keys, as YAML.
+
+    Another method's keys: raydmd recipe method.name=dmd2
+    """
+
+    def resolve() -> Recipe:
+        keys, _ = read_overrides(ctx.args)
+        return _resolve(lambda _: Recipe(), file, keys)
+
+    typer.echo(_guard(resolve, None).to_yaml(), nl=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raydmd {raydmd.__version__}")
+        raise typer.Exit(DONE)
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil diffusion and flow models into few-step generators on a Ray cluster."""
+    del version
+
+
+def _app() -> typer.Typer:
+    # Plain text in a terminal and in a job log alike; faults are reported by _guard.
+    return typer.Typer(
+        add_completion=False,
+        no_args_is_help=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def _guard(step: Callable[[], T], recipe: Recipe | None) -> T:
+    """Do ``step``; a fault becomes one message on stderr and the exit code that belongs to it."""
+    try:
+        return step()
+    except KeyboardInterrupt:
+        _say("stopped", "interrupted; the same command resumes from the last checkpoint")
+        raise typer.Exit(STOPPED) from None
+    except RaydmdError as error:
+        _say("stopped" if isinstance(error, RunStopped) else "error", _message(error))
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        log = _keep_traceback(recipe)
+        where = f"traceback in {log}" if log else "RAYDMD_DEBUG=1 shows the traceback"
+        _say("error", f"{type(error).__name__}: {_message(error)} ({where})")
+        raise typer.Exit(FAILED) from None
+
+
+def _say(kind: str, message: str) -> None:
+    if os.environ.get("RAYDMD_DEBUG") == "1":
+        traceback.print_exc()
+    typer.echo(f"{kind}: {message}", err=True)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of one that crossed Ray, without the traceback Ray puts around it."""
+    text = str(error).strip()
+    if isinstance(error, RaydmdError) and not text.startswith("ray::"):
+        return text
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    if len(lines) == 1:
+        return lines[0]
+    remote = text.startswith("ray::") or "Traceback (most recent call last)" in text
+    return lines[-1] if remote else lines[0]
+
+
+def _keep_traceback(recipe: Recipe | None) -> Path | None:
+    if recipe is None:
+        return None
+    path = recipe.folder / "error.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            log.write(traceback.format_exc() + "\n")
+    except OSError:
+        return None
+    return path
+
+
+def _nearest_flag(word: str) -> str:
+    others = [flag.replace("-", "_") for flag in OTHER_FLAGS]
+    near = recipe_io.nearest(word, [*FLAGS, *others, *known_keys()])
+    if near is None:
+        return "; --help lists flags, 'raydmd recipe' all keys"
+    short = {key: flag for flag, key in FLAGS.items()} | dict(zip(others, OTHER_FLAGS, strict=True))
+    return f"; did you mean '--{short.get(near, near)}'?"

@@ -1,0 +1,1 @@
+"""Metrics, sample grids and reports."""

@@ -1,0 +1,45 @@
+"""Where a model named in a recipe lies, and what its folder says about itself.
+
+A zoo name stands for package data and is looked up in every process anew, so that a recipe means the
+same on every node. A pipeline's folder may hold ``raydmd.json`` with defaults for what the diffusers
+format does not say: frames, height, width, and the names of a prompt file and a judge beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydmd.recipe import Model
+
+ZOO = Path(__file__).parent.parent / "zoo" / "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A model's whereabouts.
+
+    Attributes:
+        settings: the recipe's ``model`` section with path and sizes filled in.
+        prompts: prompts that come with it.
+        judge: weights of a judge that knows its world.
+    """
+
+    settings: Model
+    prompts: Path | None = None
+    judge: Path | None = None
+
+
+def locate(settings: Model) -> Place:
+    """Find a model; a zoo name becomes a folder, anything else stays what it is."""
+    named = ZOO / settings.path
+    is_name = "/" not in settings.path and settings.path not in ("", ".", "..")
+    folder = named if is_name and named.is_dir() else Path(settings.path)
+    about = folder / "raydmd.json"
+    if not about.is_file():
+        return Place(settings=settings)
+    facts = json.loads(about.read_text(encoding="utf-8"))
+    sizes = {k: facts[k] for k in ("frames", "height", "width") if getattr(settings, k) is None and k in facts}
+    files = {k: folder / facts[k] for k in ("prompts", "judge") if k in facts}
+    return Place(settings=settings.model_copy(update={"path": str(folder), **sizes}), **files)

@@ -1,0 +1,259 @@
+"""The Wan family: WanPipeline with one expert (2.1) or two (2.2), text to video.
+
+What is peculiar to Wan stays here: time is given as 1000 t, the network predicts flow, UMT5 embeddings
+are zero past the prompt's end and no mask is passed, so the padded length is part of the model's input;
+latents are normalised by the VAE's per-channel statistics; ``t >= boundary_ratio`` is the first expert's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from raydmd import recipe as recipes
+from raydmd.errors import InputError
+from raydmd.models.base import Denoiser, Family, Routing, Shape
+from raydmd.process import RectifiedFlow, euler_scheduler_for
+
+TRAIN_STEPS = 1000
+EXPERTS = ("transformer", "transformer_2")
+
+
+class WanDenoiser(Denoiser):
+    """One WanTransformer3DModel.
+
+    Args:
+        network: the transformer.
+        per_token_time: Wan2.2-5B's ``expand_timesteps``: one time per latent token.
+        autocast: the dtype of the forward pass; parameters keep theirs.
+    """
+
+    prediction = "flow"
+
+    def __init__(self, network: WanTransformer3DModel, *, per_token_time: bool, autocast: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self._per_token_time = per_token_time
+        self._autocast = autocast
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """See :class:`~raydmd.models.base.Denoiser`."""
+        time = t.float() * TRAIN_STEPS
+        if self._per_token_time:
+            _, ph, pw = self.network.config.patch_size
+            tokens = x_t.shape[2] * (x_t.shape[3] // ph) * (x_t.shape[4] // pw)
+            time = time[:, None].expand(-1, tokens)
+        dtype = self.network.dtype if self._autocast == torch.float32 else self._autocast
+        with torch.autocast(x_t.device.type, self._autocast, enabled=self._autocast != torch.float32):
+            out = self.network(
+                hidden_states=x_t.to(dtype), timestep=time, encoder_hidden_states=cond.to(dtype), return_dict=False
+            )[0]
+        return out.float()
+
+
+class Wan(Family):
+    """A WanPipeline in a folder or on the hub.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+
+    Raises:
+        InputError: if it is no WanPipeline, is incomplete, or the asked size does not fit its VAE.
+    """
+
+    process = RectifiedFlow()
+    prediction = "flow"
+    max_experts = 2
+
+    def __init__(self, settings: recipes.Model) -> None:
+        self.path = settings.path
+        self._settings = settings
+        self._index = read_index(settings)
+        if self._index.get("_class_name") != "WanPipeline":
+            raise InputError(
+                f"model {self.path!r} is a {self._index.get('_class_name')}, not a WanPipeline; "
+                "this version of raydmd distils Wan text-to-video pipelines"
+            )
+        missing = [p for p in ("transformer", "vae", "text_encoder", "tokenizer") if not self._has(p)]
+        if missing:
+            raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")
+        self._vae_config: dict[str, Any] = AutoencoderKLWan.load_config(self.path, subfolder="vae", **self._revision)
+        self._config: dict[str, Any] = WanTransformer3DModel.load_config(
+            self.path, subfolder="transformer", **self._revision
+        )
+        boundary = self._index.get("boundary_ratio")
+        if self._has("transformer_2") and boundary is None:
+            raise InputError(f"model {self.path!r} has two experts but no boundary_ratio in its model_index.json")
+        self._shape = self._find_shape()
+        self._vae: AutoencoderKLWan | None = None
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        return {"revision": self._settings.revision} if self._settings.revision else {}
+
+    def _has(self, part: str) -> bool:
+        entry = self._index.get(part)
+        return bool(entry and entry[0])
+
+    def _find_shape(self) -> Shape:
+        m = self._settings
+        frames, height, width = m.frames or 81, m.height or 480, m.width or 832
+        downs = self._vae_config.get("temperal_downsample", [False, True, True])
+        temporal = self._vae_config.get("scale_factor_temporal") or 2 ** sum(downs)
+        spatial = self._vae_config.get("scale_factor_spatial") or 2 ** len(downs)
+        _, ph, pw = self._config["patch_size"]
+        if (frames - 1) % temporal or height % (spatial * ph) or width % (spatial * pw):
+            raise InputError(
+                f"model.frames={frames}, model.height={height}, model.width={width} do not fit {self.path!r}: frames "
+                f"must be 1 + a multiple of {temporal}, height of {spatial * ph}, width of {spatial * pw}"
+            )
+        latent = (self._config["in_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
+        return Shape(latent=latent, frames=frames, height=height, width=width)
+
+    def routing(self) -> Routing:
+        """See :class:`~raydmd.models.base.Family`."""
+        if self._has("transformer_2"):
+            return Routing(EXPERTS, (float(self._index["boundary_ratio"]),))
+        return Routing(EXPERTS[:1])
+
+    def shape(self) -> Shape:
+        """See :class:`~raydmd.models.base.Family`."""
+        return self._shape
+
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> WanDenoiser:
+        """See :class:`~raydmd.models.base.Family`."""
+        network = WanTransformer3DModel.from_pretrained(
+            self.path, subfolder=expert, torch_dtype=dtype, **self._revision
+        )
+        per_token = bool(self._index.get("expand_timesteps", False))
+        return WanDenoiser(network, per_token_time=per_token, autocast=autocast)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], cache: Path) -> Path:
+        """See :class:`~raydmd.models.base.Family`."""
+        length = self.text_length()
+        texts = [self._settings.negative_prompt, *prompts]
+        key = json.dumps([str(self._source()), self._settings.revision, length, texts]).encode()
+        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        if file.is_file():
+            return file
+        pipeline = self._text_pipeline()
+        rows = [
+            pipeline.encode_prompt(
+                texts[i : i + 64], do_classifier_free_guidance=False, max_sequence_length=length
+            )[0].float()
+            for i in range(0, len(texts), 64)
+        ]
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"embeds": torch.cat(rows).contiguous()}, partial)
+        partial.replace(file)
+        return file
+
+    def text_length(self) -> int:
+        """See :class:`~raydmd.models.base.Family`."""
+        if self._settings.text_length:
+            return self._settings.text_length
+        return min(512, AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision).model_max_length)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :class:`~raydmd.models.base.Family`."""
+        if self._vae is None:
+            self._vae = AutoencoderKLWan.from_pretrained(
+                self.path, subfolder="vae", torch_dtype=torch.float32, **self._revision
+            ).to(latents.device)
+        view = (1, -1, 1, 1, 1)
+        mean = torch.tensor(self._vae.config.latents_mean, device=latents.device).view(view)
+        inverse_std = 1.0 / torch.tensor(self._vae.config.latents_std, device=latents.device).view(view)
+        # A division by 1/std and not a product with std: the stock pipeline's rounding, so its pixels.
+        video = self._vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+        return (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+
+    def export(
+        self, folder: Path, experts: Mapping[str, nn.Module], *, steps: int, shift: float, boundary: float | None
+    ) -> None:
+        """See :class:`~raydmd.models.base.Family`."""
+        stretch, terminal = euler_scheduler_for(steps, shift, train_steps=TRAIN_STEPS)
+        pipeline = self._text_pipeline()
+        pipeline.register_modules(
+            transformer=experts["transformer"],
+            transformer_2=experts.get("transformer_2"),
+            vae=AutoencoderKLWan.from_pretrained(self.path, subfolder="vae", **self._revision),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                num_train_timesteps=TRAIN_STEPS, shift=stretch, shift_terminal=terminal
+            ),
+        )
+        pipeline.register_to_config(
+            boundary_ratio=boundary, expand_timesteps=bool(self._index.get("expand_timesteps", False))
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def export_lora(
+        self, folder: Path, layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """See :class:`~raydmd.models.base.Family`."""
+        WanPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=layers.get("transformer"),
+            transformer_2_lora_layers=layers.get("transformer_2"),
+            transformer_lora_adapter_metadata=metadata.get("transformer"),
+            transformer_2_lora_adapter_metadata=metadata.get("transformer_2"),
+        )
+
+    def _source(self) -> Path | str:
+        path = Path(self.path)
+        return path.absolute() if path.is_dir() else self.path
+
+    def _text_pipeline(self) -> WanPipeline:
+        """The stock pipeline with its text parts alone, so that prompts are cleaned and padded as it does."""
+        encoder = UMT5EncoderModel.from_pretrained(
+            self.path, subfolder="text_encoder", torch_dtype=torch.float32, **self._revision
+        )
+        return WanPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision),
+            text_encoder=encoder,
+            vae=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            transformer=None,
+            transformer_2=None,
+        )
+
+
+def read_index(settings: recipes.Model) -> dict[str, Any]:
+    """A pipeline's ``model_index.json``.
+
+    Raises:
+        InputError: if there is no such folder or hub id, or it holds no pipeline.
+    """
+    folder = Path(settings.path)
+    if folder.is_dir() or folder.is_absolute() or settings.path.startswith("."):
+        file = folder / "model_index.json"
+        if not folder.is_dir():
+            raise InputError(f"model folder {settings.path!r} does not exist")
+        if not file.is_file():
+            raise InputError(f"model folder {settings.path!r} has no model_index.json: it is no diffusers pipeline")
+    else:
+        try:
+            file = Path(hf_hub_download(settings.path, "model_index.json", revision=settings.revision))
+        except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same here
+            raise InputError(
+                f"model {settings.path!r} is neither a zoo name nor a folder, and the hub does not give it: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from None
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not readable: {error}") from None
+    return index

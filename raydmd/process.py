@@ -1,0 +1,181 @@
+"""Noise processes: marginals, kernels, conversions, time shift and step grids.
+
+Conventions, stated once for the whole project: ``t`` in [0, 1] and ``t = 1`` is pure noise (for EDM,
+``t`` is sigma itself). ``x_t = alpha_t * x0 + sigma_t * epsilon``. ``flow`` is the velocity of rectified
+flow, ``epsilon - x0``; ``v`` is the VP velocity ``alpha * epsilon - sigma * x0``. Times are tensors of
+shape ``(B,)`` and are broadcast over latents of shape ``(B, ...)``. Conversions run in the dtype they
+are given; callers pass fp32 or fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["flow", "epsilon", "x0", "v"]
+
+
+def over(t: Tensor, x: Tensor) -> Tensor:
+    """View ``t`` of shape ``(B,)`` so that it broadcasts over ``x`` of shape ``(B, ...)``."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+class Process(ABC):
+    """A Gaussian noise process, known by its marginals."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal scale at ``t``, shape of ``t``."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise scale at ``t``, shape of ``t``."""
+
+    def add_noise(self, x0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """``alpha_t x0 + sigma_t epsilon``, shape of ``x0``."""
+        return over(self.alpha(t), x0) * x0 + over(self.sigma(t), x0) * epsilon
+
+    def kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of ``q(x_t | x_s)`` for ``s <= t`` (Phased DMD, arXiv:2510.27684, eq. 2).
+
+        Returns:
+            ``alpha_{t|s}`` and ``sigma_{t|s}``, shapes of ``t``.
+        """
+        alpha = self.alpha(t) / self.alpha(s)
+        variance = self.sigma(t).square() - alpha.square() * self.sigma(s).square()
+        return alpha, variance.clamp(min=0).sqrt()
+
+    def renoise(self, x_s: Tensor, epsilon: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Carry ``x_s`` on to the noisier ``t`` with fresh noise, shape of ``x_s``."""
+        alpha, sigma = self.kernel(s, t)
+        return over(alpha, x_s) * x_s + over(sigma, x_s) * epsilon
+
+    def to_x0(self, kind: Prediction, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """Turn a network's output into its prediction of the clean latent, shape of ``x_t``."""
+        alpha, sigma = over(self.alpha(t), x_t), over(self.sigma(t), x_t)
+        if kind == "x0":
+            return output
+        if kind == "epsilon":
+            return (x_t - sigma * output) / alpha
+        if kind == "flow":
+            # x_t = alpha x0 + sigma eps and output = eps - x0 give x_t - sigma output = (alpha + sigma) x0.
+            return (x_t - sigma * output) / (alpha + sigma)
+        # v = alpha eps - sigma x0 gives alpha x_t - sigma v = (alpha^2 + sigma^2) x0.
+        return (alpha * x_t - sigma * output) / (alpha.square() + sigma.square())
+
+    def from_x0(self, kind: Prediction, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The inverse of :meth:`to_x0`; ``t`` must not be clean where the kind needs the noise."""
+        if kind == "x0":
+            return x0
+        alpha, sigma = over(self.alpha(t), x_t), over(self.sigma(t), x_t)
+        epsilon = (x_t - alpha * x0) / sigma
+        if kind == "epsilon":
+            return epsilon
+        return epsilon - x0 if kind == "flow" else alpha * epsilon - sigma * x0
+
+    def score(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """``grad log p(x_t) = (alpha_t x0 - x_t) / sigma_t^2`` from a prediction of x0, shape of ``x_t``."""
+        return (over(self.alpha(t), x_t) * x0 - x_t) / over(self.sigma(t), x_t).square()
+
+    def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One deterministic step from ``t`` to ``s`` along the predicted x0 (DDIM; Euler for rectified flow)."""
+        ratio = over(self.sigma(s) / self.sigma(t), x_t)
+        return ratio * x_t + (over(self.alpha(s), x_t) - ratio * over(self.alpha(t), x_t)) * x0
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """``alpha = 1 - t``, ``sigma = t``."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return t
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Process):
+    """``alpha^2 + sigma^2 = 1`` with the log-linear betas of DDPM in continuous time.
+
+    ``-2 log alpha_t = beta_min t + (beta_max - beta_min) t^2 / 2`` (Song et al., arXiv:2011.13456, eq. 33).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return torch.exp(-0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square()))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return (1 - self.alpha(t).square()).clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """Variance exploding with ``t`` equal to sigma (Karras et al., arXiv:2206.00364)."""
+
+    sigma_data: float = 0.5
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return t
+
+
+def shift(u: Tensor, mu: float) -> Tensor:
+    """Timestep shift ``mu u / (1 + (mu - 1) u)``; ``mu > 1`` moves times towards noise."""
+    return mu * u / (1 + (mu - 1) * u)
+
+
+def unshift(t: Tensor, mu: float) -> Tensor:
+    """The inverse of :func:`shift`."""
+    return t / (mu - (mu - 1) * t)
+
+
+def step_grid(steps: int, mu: float) -> list[float]:
+    """The student's times, from 1 down to and with 0: ``shift([1, 1 - 1/N, ...])`` (Phased DMD, section 3)."""
+    u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    return [float(t) for t in shift(u, mu)]
+
+
+def euler_scheduler_for(steps: int, mu: float, *, train_steps: int = 1000) -> tuple[float, float | None]:
+    """Settings with which a stock FlowMatchEulerDiscreteScheduler walks :func:`step_grid` exactly.
+
+    That scheduler spaces its unshifted times between 1 and its own smallest sigma, not 1/N, shifts them
+    by ``shift`` and then stretches them so that the last one is ``shift_terminal``. All three maps send
+    the k-th step to ``k / (A - B k)``; equal ``A / B`` means equal grids.
+
+    Returns:
+        ``shift`` and ``shift_terminal`` for its constructor.
+
+    Raises:
+        ValueError: where no such settings exist.
+    """
+    if steps == 1:
+        return 1.0, None
+    last = float(shift(torch.tensor(1 / steps, dtype=torch.float64), mu))
+    if math.isclose(mu, 1.0):
+        # Without a shift 1 - sigma is linear in k, and stretching alone gives the grid.
+        return 1.0, last
+    wanted = mu * steps / (mu - 1)
+    nu = mu
+    for _ in range(200):  # a contraction: the smallest sigma depends only weakly on nu
+        smallest = nu / train_steps / (1 + (nu - 1) / train_steps)
+        per_step = (1 - smallest) / (steps - 1)
+        nu = wanted * per_step / (wanted * per_step - 1)
+    if not nu > 0:
+        raise ValueError(f"no stock Euler schedule has {steps} steps at shift {mu}")
+    return nu, last

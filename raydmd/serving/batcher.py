@@ -1,0 +1,197 @@
+"""The micro-batcher: requests in, batches out. Pure: no Ray, no asyncio, the caller owns the clock.
+
+A bucket holds requests that can share a forward. Inside a bucket clients take turns, one request
+each, and ready buckets take turns too, so a client that floods a replica delays the others by one
+batch of each bucket at most. The queue is bounded: a full one refuses, in its return value.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What requests of one forward have in common.
+
+    Attributes:
+        expert: which expert serves them.
+        latent: shape of one latent, without the batch.
+        guidance: guidance scale.
+    """
+
+    expert: str
+    latent: tuple[int, ...]
+    guidance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[T]):
+    """One queued request.
+
+    Attributes:
+        client: who asked.
+        items: samples in it.
+        payload: the caller's own record.
+        arrived: clock reading at its offer, seconds.
+    """
+
+    client: str
+    items: int
+    payload: T
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request is queued.
+
+    Attributes:
+        queued: requests now waiting, this one included.
+    """
+
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The queue is full and the request was not taken.
+
+    Attributes:
+        queued: requests waiting, which is the bound.
+    """
+
+    queued: int
+
+
+class _Bucket(Generic[T]):
+    """Requests of one key, a line per client; the client at the front is next."""
+
+    def __init__(self) -> None:
+        self.lines: OrderedDict[str, deque[Entry[T]]] = OrderedDict()
+        self.items = 0
+
+    def add(self, entry: Entry[T]) -> None:
+        self.lines.setdefault(entry.client, deque()).append(entry)
+        self.items += entry.items
+
+    @property
+    def oldest(self) -> float:
+        return min(line[0].arrived for line in self.lines.values())
+
+    def pull(self, max_items: int, max_requests: int | None) -> list[Entry[T]]:
+        batch: list[Entry[T]] = []
+        room = max_items
+        while self.lines and (max_requests is None or len(batch) < max_requests):
+            client, line = next(iter(self.lines.items()))
+            # An oversized request goes alone. None that would fit overtakes it, or it starves.
+            if batch and line[0].items > room:
+                break
+            entry = line.popleft()
+            batch.append(entry)
+            room -= entry.items
+            self.items -= entry.items
+            if line:
+                self.lines.move_to_end(client)
+            else:
+                del self.lines[client]
+        return batch
+
+
+class Batcher(Generic[T]):
+    """Groups requests into batches of at most ``max_items`` samples."""
+
+    def __init__(
+        self, *, max_items: int, max_wait: float, max_queue: int, exact: bool = False
+    ) -> None:
+        """Make an empty batcher.
+
+        Args:
+            max_items: samples in a batch; a larger request is a batch of its own, never split.
+            max_wait: seconds a request waits for company.
+            max_queue: requests that may wait; more are refused.
+            exact: every request is its own batch at once. The company a sample has in a forward may
+                change its last bits, so bit-identical runs need this.
+
+        Raises:
+            ValueError: if a bound is not positive, or the wait negative.
+        """
+        if max_items < 1 or max_queue < 1 or max_wait < 0:
+            raise ValueError(
+                f"batcher bounds: {max_items=} and {max_queue=} must be positive, "
+                f"{max_wait=} not negative"
+            )
+        self._max_items = max_items
+        self._max_wait = max_wait
+        self._max_queue = max_queue
+        self._exact = exact
+        self._buckets: OrderedDict[Key, _Bucket[T]] = OrderedDict()
+        self._queued = 0
+
+    def __len__(self) -> int:
+        """Requests waiting."""
+        return self._queued
+
+    def offer(
+        self, key: Key, client: str, items: int, payload: T, now: float
+    ) -> Accepted | Refused:
+        """Queue a request, or refuse it when the queue is full.
+
+        Args:
+            key: what it may share a forward with.
+            client: who asks; clients of a bucket take turns.
+            items: samples in it, at least 1.
+            payload: handed back by :meth:`take`.
+            now: clock reading, seconds.
+
+        Returns:
+            Whether it was taken, and how many requests wait.
+
+        Raises:
+            ValueError: if the request has no samples.
+        """
+        if items < 1:
+            raise ValueError(f"a request of client {client!r} has {items} samples")
+        if self._queued >= self._max_queue:
+            return Refused(self._queued)
+        bucket = self._buckets.setdefault(key, _Bucket())
+        bucket.add(Entry(client, items, payload, now))
+        self._queued += 1
+        return Accepted(self._queued)
+
+    def take(self, now: float) -> list[Entry[T]] | None:
+        """The next batch that is full or has waited long enough; ``None`` if none is ready.
+
+        Args:
+            now: clock reading, seconds.
+
+        Returns:
+            Entries of one key, in the order they are to be run.
+        """
+        for key, due in self._due():
+            if due <= now:
+                bucket = self._buckets[key]
+                batch = bucket.pull(self._max_items, 1 if self._exact else None)
+                self._queued -= len(batch)
+                if bucket.lines:
+                    self._buckets.move_to_end(key)
+                else:
+                    del self._buckets[key]
+                return batch
+        return None
+
+    def next_due(self) -> float | None:
+        """When :meth:`take` has a batch without new arrivals, seconds; ``None`` if empty."""
+        return min((due for _, due in self._due()), default=None)
+
+    def _due(self) -> Iterator[tuple[Key, float]]:
+        for key, bucket in self._buckets.items():
+            at_once = self._exact or bucket.items >= self._max_items
+            yield key, bucket.oldest if at_once else bucket.oldest + self._max_wait

@@ -1,0 +1,59 @@
+"""What a trainer sees of a frozen teacher, wherever it runs: submit now, ask later."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from raydmd.errors import PoolError
+
+if TYPE_CHECKING:
+    from raydmd.serving.messages import ScoreReply, ScoreRequest
+
+
+class ReplicaBusy(PoolError):
+    """A replica's queue is full; the same request may be sent again later or elsewhere."""
+
+
+class ReplicaFailed(PoolError):
+    """A forward raised for this one request (out of memory, a broken device); retried elsewhere."""
+
+
+class Pending(ABC):
+    """A request under way."""
+
+    @property
+    @abstractmethod
+    def waited(self) -> float:
+        """Seconds for which :meth:`result` has blocked."""
+
+    @abstractmethod
+    def result(self) -> ScoreReply:
+        """Wait for the answer; later calls return it, or raise the same error, again.
+
+        Returns:
+            The answer; ``x0`` is on the device of the request's ``x_t``.
+
+        Raises:
+            NonFiniteError: the teacher's answer has a non-finite value.
+            InputError: the request fits no expert, condition or shape of the teacher.
+            ScoreTimeout: the deadline passed.
+            PoolExhausted: retries are used up, or no replica is left alive.
+            ReplicaFailed: a teacher in this process raised; there is no other to ask.
+        """
+
+
+class TeacherClient(ABC):
+    """Asks a frozen teacher. For use by one thread."""
+
+    @property
+    @abstractmethod
+    def retries(self) -> int:
+        """Requests sent again so far, after a failure or a silence."""
+
+    @abstractmethod
+    def submit(self, request: ScoreRequest) -> Pending:
+        """Send a request; errors come from :meth:`Pending.result`.
+
+        The request's tensors may be changed once this returns.
+        """

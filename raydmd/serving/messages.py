@@ -1,0 +1,49 @@
+"""The wire: one record per message, a shape and a role per field. Nothing else crosses the process border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raydmd.guidance import Guidance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRequest:
+    """A question to the frozen teacher: where would it take these noisy latents?
+
+    Pure: the same request always has the same answer, so it may be sent twice.
+
+    Attributes:
+        x_t: noisy latents ``(B, *latent)``, fp32.
+        t: times ``(B,)`` in [0, 1], fp32; all of one expert.
+        conditions: row of the condition table per sample, length B; row 0 is the negative prompt.
+        guidance: how the teacher follows the prompt.
+        expert: which expert serves it.
+        name: for messages, e.g. ``cycle 12 rank 0``.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    conditions: tuple[int, ...]
+    guidance: Guidance
+    expert: str
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreReply:
+    """The teacher's answer.
+
+    Attributes:
+        x0: guided prediction of the clean latents ``(B, *latent)``, fp32.
+        replica: who answered.
+        seconds: time the forward took.
+        batch_items: samples in the forward that served it, over all clients.
+    """
+
+    x0: Tensor
+    replica: str
+    seconds: float
+    batch_items: int

@@ -1,0 +1,307 @@
+"""One replica of a frozen teacher: an async Ray actor around the batcher and one forward thread.
+
+It answers and nothing else: no optimizer, no gradient, no retries. The class is plain; the pool
+wraps it with ``ray.remote``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from raydmd.errors import InputError, RaydmdError
+from raydmd.guidance import Guidance
+from raydmd.models.base import Conditions, Experts
+from raydmd.serving.batcher import Batcher, Entry, Key, Refused
+from raydmd.serving.client import ReplicaBusy, ReplicaFailed
+from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
+from raydmd.serving.local import answer, answer_each
+from raydmd.serving.messages import ScoreReply, ScoreRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """How a replica runs.
+
+    Attributes:
+        name: e.g. ``teacher/0``; in replies and messages.
+        device: where the experts are put, ``cpu`` or ``cuda``.
+        threads: CPU threads of the forward.
+        batch_items: samples in one forward, before guidance doubles them.
+        batch_wait: seconds a request waits for company.
+        queue_limit: requests that may wait; more are refused.
+        deterministic: deterministic kernels, and no batching across requests.
+        sample_shape: shape of one latent, for a forward of every expert before the first request;
+            ``None`` skips it.
+    """
+
+    name: str
+    device: str = "cpu"
+    threads: int = 1
+    batch_items: int = 64
+    batch_wait: float = 0.003
+    queue_limit: int = 256
+    deterministic: bool = False
+    sample_shape: tuple[int, ...] | None = None
+
+
+class ReplicaStats(TypedDict):
+    """What a replica says of itself; counters start with its process.
+
+    Attributes:
+        name: of the replica.
+        incarnation: names the process, so that a restart shows.
+        pid: its process id.
+        node: its host name.
+        queue: requests waiting now.
+        batches: forwards run.
+        items: samples answered.
+        requests: requests answered.
+        failed: requests that ended in an error.
+        refused: requests refused because the queue was full.
+        busy: fraction of its uptime spent in forwards.
+        busy_seconds: seconds spent in forwards.
+        uptime: seconds since it was loaded.
+        histogram: forwards by samples in them.
+        clients: samples answered by client.
+        rss: resident memory, bytes.
+    """
+
+    name: str
+    incarnation: str
+    pid: int
+    node: str
+    queue: int
+    batches: int
+    items: int
+    requests: int
+    failed: int
+    refused: int
+    busy: float
+    busy_seconds: float
+    uptime: float
+    histogram: dict[int, int]
+    clients: dict[str, int]
+    rss: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: ScoreRequest
+    future: asyncio.Future[ReplyWire]
+
+
+class TeacherReplica:
+    """Serves a frozen teacher to many clients; pure, so a request may be sent twice."""
+
+    def __init__(
+        self,
+        build: Callable[[], Experts],
+        conditions_file: str,
+        settings: ReplicaSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load the teacher and, if a sample shape is given, run every expert once.
+
+        Args:
+            build: loads the frozen teacher; picklable, run in this process after every restart too.
+            conditions_file: safetensors with ``embeds`` ``(N, L, D)``, row 0 the negative prompt.
+            settings: how to run.
+            clock: seconds.
+
+        Raises:
+            InputError: if the conditions cannot be read.
+            NonFiniteError: if the warm-up's answer is not finite.
+        """
+        # cuBLAS reads this when CUDA starts, so it must be set before anything is loaded.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self._settings = settings
+        self._clock = clock
+        # One thread: a device runs one forward at a time, and the event loop stays free for pings.
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="forward", initializer=self._prepare_thread
+        )
+        self._experts = self._executor.submit(_load, build, settings.device).result()
+        self._conditions = _read_conditions(conditions_file)
+        if settings.sample_shape is not None:
+            self._executor.submit(
+                _warm_up, self._experts, self._conditions, settings.sample_shape
+            ).result()
+        self._batcher: Batcher[_Job] = Batcher(
+            max_items=settings.batch_items,
+            max_wait=settings.batch_wait,
+            max_queue=settings.queue_limit,
+            exact=settings.deterministic,
+        )
+        self._wake = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+        self._histogram: Counter[int] = Counter()
+        self._clients: Counter[str] = Counter()
+        self._answered = self._failed = self._refused = 0
+        self._busy = 0.0
+        self._busy_since: float | None = None
+        self._loaded = clock()
+
+    async def score(self, payload: RequestWire) -> ReplyWire:
+        """Answer one request, batched with others.
+
+        Args:
+            payload: see :mod:`raydmd.serving.codec`.
+
+        Returns:
+            The encoded reply.
+
+        Raises:
+            ReplicaBusy: the queue is full.
+            ReplicaFailed: the forward raised for this request alone.
+            InputError: the request does not fit this teacher.
+            NonFiniteError: an answer is not finite.
+        """
+        request = decode_request(payload)
+        size = request.x_t.shape[0]
+        if size < 1:
+            raise InputError(f"request {request.name!r} has no samples")
+        job = _Job(request, asyncio.get_running_loop().create_future())
+        key = Key(request.expert, tuple(request.x_t.shape[1:]), request.guidance.scale)
+        verdict = self._batcher.offer(key, payload["client"], size, job, self._clock())
+        if isinstance(verdict, Refused):
+            self._refused += 1
+            raise ReplicaBusy(
+                f"replica {self._settings.name!r} refused request {request.name!r}: "
+                f"{verdict.queued} requests are waiting"
+            )
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run())
+        self._wake.set()
+        return await job.future
+
+    async def ping(self) -> ReplicaStats:
+        """How it is doing; answered while a forward runs."""
+        now = self._clock()
+        busy = self._busy + (now - self._busy_since if self._busy_since is not None else 0.0)
+        uptime = now - self._loaded
+        process = psutil.Process()
+        return ReplicaStats(
+            name=self._settings.name,
+            incarnation=f"{os.uname().nodename}:{process.pid}:{process.create_time()}",
+            pid=process.pid,
+            node=os.uname().nodename,
+            queue=len(self._batcher),
+            batches=self._histogram.total(),
+            items=self._clients.total(),
+            requests=self._answered,
+            failed=self._failed,
+            refused=self._refused,
+            busy=busy / uptime if uptime > 0 else 0.0,
+            busy_seconds=busy,
+            uptime=uptime,
+            histogram=dict(self._histogram),
+            clients=dict(self._clients),
+            rss=process.memory_info().rss,
+        )
+
+    async def _run(self) -> None:
+        while True:
+            batch = self._batcher.take(self._clock())
+            if batch is not None:
+                await self._serve(batch)
+                continue
+            self._wake.clear()
+            due = self._batcher.next_due()
+            pause = None if due is None else max(0.0, due - self._clock())
+            try:
+                await asyncio.wait_for(self._wake.wait(), pause)
+            except TimeoutError:
+                continue
+
+    async def _serve(self, batch: list[Entry[_Job]]) -> None:
+        start = self._busy_since = self._clock()
+        requests = [entry.payload.request for entry in batch]
+        outcomes: list[Tensor | RaydmdError]
+        try:
+            outcomes = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._forward, requests
+            )
+        except Exception as error:  # nothing may end the pump, or every later request would hang
+            text = f"replica {self._settings.name!r}: {type(error).__name__}: {error}"
+            outcomes = [ReplicaFailed(text) for _ in batch]
+        seconds = self._clock() - start
+        self._busy += seconds
+        self._busy_since = None
+        items = sum(entry.items for entry in batch)
+        self._histogram[items] += 1
+        for entry, outcome in zip(batch, outcomes, strict=True):
+            future = entry.payload.future
+            if isinstance(outcome, RaydmdError):
+                self._failed += 1
+                if not future.done():
+                    future.set_exception(outcome)
+                continue
+            self._answered += 1
+            self._clients[entry.client] += entry.items
+            if not future.done():
+                reply = ScoreReply(
+                    x0=outcome, replica=self._settings.name, seconds=seconds, batch_items=items
+                )
+                future.set_result(encode_reply(reply))
+
+    def _forward(self, requests: list[ScoreRequest]) -> list[Tensor | RaydmdError]:
+        return answer_each(self._experts, self._conditions, requests, who=self._settings.name)
+
+    def _prepare_thread(self) -> None:
+        # The thread count is a property of the thread that runs the forward.
+        torch.set_num_threads(self._settings.threads)
+        if self._settings.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+
+def _load(build: Callable[[], Experts], device: str) -> Experts:
+    experts = build()
+    for module in experts.modules.values():
+        module.to(device).eval().requires_grad_(False)
+    return experts
+
+
+def _read_conditions(file: str) -> Conditions:
+    try:
+        # Mapped, not read: replicas of a node share its pages.
+        with safe_open(Path(file), framework="pt") as tensors:
+            embeds = tensors.get_tensor("embeds")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"conditions {file}: {error}") from None
+    if embeds.ndim != 3 or not len(embeds):
+        raise InputError(
+            f"conditions {file}: embeds must be (N, L, D), given {tuple(embeds.shape)}"
+        )
+    return Conditions(embeds=embeds)
+
+
+def _warm_up(experts: Experts, conditions: Conditions, shape: tuple[int, ...]) -> None:
+    edges = (1.0, *experts.routing.boundaries, 0.0)
+    for k, expert in enumerate(experts.routing.experts):
+        if expert in experts.modules:
+            middle = torch.full((1,), (edges[k] + edges[k + 1]) / 2)
+            request = ScoreRequest(
+                x_t=torch.zeros(1, *shape),
+                t=middle,
+                conditions=(0,),
+                guidance=Guidance(2.0),
+                expert=expert,
+                name=f"warm-up of {expert}",
+            )
+            answer(experts, conditions, [request])

@@ -1,0 +1,60 @@
+"""Checkpoints: PyTorch's distributed format for tensors, JSON for where the run stands.
+
+Files of a checkpoint: ``*.distcp`` and ``.metadata`` (tensors, one file per rank, reshardable),
+``progress.json`` (cycle, phase, recipe, versions).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from raydmd import __version__
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        cycle: cycles done.
+        phase: index of the phase that the roles in this checkpoint belong to.
+        recipe: the resolved recipe, as YAML.
+        raydmd: version that wrote it.
+        torch: version that wrote it.
+    """
+
+    cycle: int
+    phase: int
+    recipe: str
+    raydmd: str = __version__
+    torch: str = torch.__version__
+
+
+def name_of(cycle: int) -> str:
+    """Name of the checkpoint after ``cycle`` cycles; sorts in order."""
+    return f"cycle-{cycle:08d}"
+
+
+def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, *, rank: int) -> None:
+    """Write this rank's part into ``folder``. All ranks call it, each with a folder of its own."""
+    dcp.save(tensors, checkpoint_id=str(folder))  # type: ignore[no-untyped-call,unused-ignore]
+    if rank == 0:
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood when ``folder`` was written."""
+    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+
+
+def load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill ``tensors`` in place, whatever world size wrote them."""
+    dcp.load(tensors, checkpoint_id=str(folder))  # type: ignore[no-untyped-call,unused-ignore]

@@ -1,0 +1,135 @@
+"""One training cycle: the heart of the project, on one screen.
+
+The teacher's request leaves first and is answered elsewhere while the fake score trains here. The
+student does not change during the fake updates, so its rollout can be drawn before them and the
+generator's update uses its own sample's scores: nothing is stale.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from raydmd.draws import Draws
+from raydmd.methods.method import Method, Query
+from raydmd.methods.phases import Phase
+from raydmd.serving.client import TeacherClient
+from raydmd.serving.messages import ScoreRequest
+from raydmd.training.roles import TrainedRole
+from raydmd.training.stream import Batch, Stream
+
+Agree = Callable[[Exception | None], None]
+"""Raises on every rank if any rank brings an error; called at the same places by all."""
+
+BANDS = (0.0, 0.5, 0.8, 0.95, 1.01)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """What a cycle works with.
+
+    Attributes:
+        method: rollout, score terms, fake loss.
+        phase: the phase in progress.
+        student: trained by the generator loss.
+        fake: trained to follow the student.
+        teacher: frozen, here or elsewhere.
+        stream: makes batches by position.
+        latent: shape of one latent.
+        fake_updates: per student update.
+        agree: see :data:`Agree`.
+    """
+
+    method: Method
+    phase: Phase
+    student: TrainedRole
+    fake: TrainedRole
+    teacher: TeacherClient
+    stream: Stream
+    latent: tuple[int, ...]
+    fake_updates: int
+    agree: Agree
+
+
+def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
+    """One student update and its fake updates.
+
+    Returns:
+        Metrics; times under ``time/``.
+
+    Raises:
+        NonFiniteError: from a loss, a gradient or the teacher, on all ranks alike.
+    """
+    watch, metrics = Stopwatch(), {}
+
+    batch = a.stream.batch(cycle, "student")
+    sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=True)
+    queries = a.method.queries(sample, a.phase, batch.draws)
+    pending = [a.teacher.submit(_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
+    watch.lap("rollout")
+
+    for k in range(a.fake_updates):
+        metrics |= update_fake(a, cycle, f"fake.{k}")
+    watch.lap("fake")
+
+    error: Exception | None = None
+    answers: list[Tensor] = []
+    try:
+        answers = [p.result().x0.to(sample.x.device) for p in pending]
+    except Exception as e:  # raised again below, by all ranks together
+        error = e
+    a.agree(error)
+    watch.lap("teacher_wait")
+
+    loss = a.method.generator_loss(a.fake.experts, sample, batch.cond, queries, answers)
+    metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
+    watch.lap("generator")
+
+    metrics["student/x0_mean"] = float(sample.x0.mean())
+    metrics["student/x0_std"] = float(sample.x0.std())
+    metrics["teacher/x0_std"] = float(torch.cat(answers).std())
+    return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
+
+
+def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
+    """One update of the fake score on a fresh sample of the student as it is now."""
+    batch = a.stream.batch(cycle, purpose)
+    with torch.no_grad():
+        sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=False)
+    loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase)
+    norm = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
+    metrics = {"fake/loss": float(loss.detach()), "fake/gradient": norm}
+    for low, high in zip(BANDS, BANDS[1:], strict=False):
+        here = (t >= low) & (t < high)
+        if here.any():
+            metrics[f"fake/error_{low:g}_{min(high, 1):g}"] = float(error[here].mean())
+    return metrics
+
+
+def _request(query: Query, batch: Batch, name: str) -> ScoreRequest:
+    return ScoreRequest(
+        x_t=query.x_t,
+        t=query.t,
+        conditions=batch.conditions,
+        guidance=query.guidance,
+        expert=query.expert,
+        name=f"{name} positions {batch.draws.positions[0]}..{batch.draws.positions[-1]}",
+    )

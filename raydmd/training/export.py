@@ -1,0 +1,106 @@
+"""From a finished run's checkpoint to what a user takes away: a stock pipeline, and adapters where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from raydmd import __version__
+from raydmd.methods.presets import source_expert, student_routing
+from raydmd.models.base import Denoiser, Experts, Family
+from raydmd.recipe import Recipe
+from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
+from raydmd.training.worker import STUDENT
+
+
+def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Denoiser]:
+    """The student's experts from a final checkpoint, with their adapters if they have any; fp32, on the CPU."""
+    lora = recipe.training.student.lora
+    found = {}
+    for file in sorted((folder / STUDENT).glob("*.safetensors")):
+        expert = file.stem
+        source = source_expert(recipe.method, family.routing(), expert)
+        denoiser = family.denoiser(source, dtype=torch.float32)
+        if lora is not None:
+            add_adapter(denoiser, lora, seed=recipe.seed)
+        state = load_file(file)
+        unknown = denoiser.network.load_state_dict(state, strict=False).unexpected_keys
+        if unknown:
+            raise RuntimeError(f"{file} has weights that {family} does not know: {unknown[:3]}")
+        found[expert] = denoiser.eval().requires_grad_(False)
+    return found
+
+
+def student_experts(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser]) -> Experts:
+    """The student behind one door."""
+    return Experts(denoisers, student_routing(recipe.method, family.routing()), family.process, family.prediction)
+
+
+def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], folder: Path) -> list[Path]:
+    """Write ``pipeline`` (a stock diffusers folder) and, for adapters, ``lora``.
+
+    Returns:
+        What was written.
+    """
+    written = []
+    lora = recipe.training.student.lora
+    if lora is not None:
+        metadata: dict[str, dict[str, Any]] = {
+            e: {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets)} for e in denoisers
+        }
+        family.export_lora(folder / "lora", {e: adapter_weights(d) for e, d in denoisers.items()}, metadata)
+        written.append(folder / "lora")
+        for denoiser in denoisers.values():
+            denoiser.network.fuse_lora(adapter_names=[ADAPTER])
+            denoiser.network.unload_lora()
+    routing = student_routing(recipe.method, family.routing())
+    pipeline = folder / "pipeline"
+    family.export(
+        pipeline,
+        {e: d.network for e, d in denoisers.items()},
+        steps=recipe.method.steps,
+        shift=recipe.method.shift,
+        boundary=routing.boundaries[0] if routing.boundaries else None,
+    )
+    (pipeline / "README.md").write_text(_card(recipe, family), encoding="utf-8")
+    return [*written, pipeline]
+
+
+def _card(recipe: Recipe, family: Family) -> str:
+    shape = family.shape()
+    return f"""---
+library_name: diffusers
+base_model: {recipe.model.path if "/" in recipe.model.path and not Path(recipe.model.path).exists() else Path(recipe.model.path).name}
+---
+# {recipe.name}
+
+A {recipe.method.steps}-step student of `{Path(recipe.model.path).name}`, distilled with
+`{recipe.method.name}` by raydmd {__version__}. Sample it without guidance, with exactly
+{recipe.method.steps} steps: the scheduler in this folder walks the student's own times.
+
+```python
+from diffusers import WanPipeline
+
+pipe = WanPipeline.from_pretrained("this/folder")
+frames = pipe(
+    "your prompt",
+    num_inference_steps={recipe.method.steps},
+    guidance_scale=1.0,
+    num_frames={shape.frames},
+    height={shape.height},
+    width={shape.width},
+    max_sequence_length={family.text_length()},
+).frames
+```
+
+<details><summary>Recipe</summary>
+
+```yaml
+{recipe.to_yaml()}```
+
+</details>
+"""

@@ -1,0 +1,171 @@
+"""After training: export the student, sample it beside its teacher, measure, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raydmd.draws import Draws
+from raydmd.evaluation.evaluate import Evaluation, evaluate
+from raydmd.evaluation.judge import AttributeJudge
+from raydmd.evaluation.report import write_report
+from raydmd.evaluation.samples import Samples, evaluation_prompts
+from raydmd.guidance import Guidance
+from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models.base import Conditions, Experts, Family
+from raydmd.models.places import locate
+from raydmd.process import step_grid
+from raydmd.recipe import Recipe
+from raydmd.sampling import sample
+from raydmd.training.events import read_lines
+from raydmd.training.export import export, load_student, student_experts
+
+CONTACT = "contact.safetensors"
+"""Noise and frames of the contact sheet's student rows, so that anyone can make them again."""
+
+
+def finish_run(
+    recipe: Recipe, checkpoint: str, prompts: list[str], facts: dict[str, str], trained_seconds: float
+) -> tuple[dict[str, float], list[str], str]:
+    """Export and evaluate a finished run.
+
+    Args:
+        recipe: the run.
+        checkpoint: its final checkpoint.
+        prompts: the training prompts, used for evaluation where there is no judge.
+        facts: versions and the like, for the report.
+        trained_seconds: wall time so far.
+
+    Returns:
+        Figures for tracking, files for tracking, and the table for the terminal.
+    """
+    torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
+    folder, family = recipe.folder, load_family(recipe.model)
+    student = load_student(recipe, family, Path(checkpoint))
+    written = export(recipe, family, student, folder)
+    evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts)
+    facts = facts | {"training": f"{trained_seconds:.0f} s wall time, start included", "cycles": f"{recipe.training.cycles}"}
+    report = write_report(
+        folder,
+        title=recipe.name,
+        evaluation=evaluation,
+        contact=contact,
+        recipe_yaml=recipe.to_yaml(),
+        curves=read_curves(folder / "metrics.jsonl"),
+        facts=facts,
+    )
+    student_row = next(r for r in evaluation.to_json()["rows"] if r["name"] == "student")
+    figures = {f"evaluation/{k}": float(v) for k, v in student_row.items() if isinstance(v, int | float)}
+    files = [*written, report, folder / "result.json", folder / "contact.png"]
+    return figures, [str(f) for f in files], evaluation.text()
+
+
+def measure(
+    recipe: Recipe, family: Family, student: Experts, prompts: Sequence[str]
+) -> tuple[Evaluation, list[Samples]]:
+    """Sample teacher, undistilled teacher and student on the same noise and compare them.
+
+    Returns:
+        The figures, and the samples that the contact sheet shows.
+    """
+    e, m = recipe.evaluation, recipe.method
+    place = locate(recipe.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge = AttributeJudge.load(place.judge) if place.judge else None
+    if judge is not None:
+        texts = evaluation_prompts(e.samples, seed=e.seed)
+    else:
+        texts = [prompts[i % len(prompts)] for i in range(e.samples or e.grid)]
+    unique = list(dict.fromkeys(texts))
+    conditions = load_conditions(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
+    rows = [1 + unique.index(t) for t in texts]
+    teacher = load_teacher(family, recipe.training.precision, device=device)
+    for module in student.modules.values():
+        module.to(device)
+    full, guided = step_grid(e.teacher_steps, m.shift), Guidance(m.guidance)
+    few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)
+    plain = Guidance()
+    runs: list[tuple[str, str, Experts, list[float], Guidance, int]] = [
+        ("teacher", f"teacher, {e.teacher_steps} guided steps", teacher, full, guided, 0),
+        ("student", f"student, {m.steps} steps", student, few, plain, 0),
+        ("undistilled", f"undistilled, {m.steps} steps, unguided", teacher, few, plain, 0),
+        ("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", teacher, half, guided, 0),
+    ]
+    if judge is not None:
+        runs.insert(1, ("teacher_again", "teacher, other seeds", teacher, full, guided, 1))
+    made = {
+        name: _samples(name, title, family, experts, conditions, rows, texts, grid, guidance, recipe, salt, device)
+        for name, title, experts, grid, guidance, salt in runs
+    }
+    others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
+    evaluation = evaluate(made["teacher"], made.get("teacher_again"), others, judge)
+    best = evaluation.best_undistilled()
+    grid_rows = contact_rows(texts, e.grid)
+    save_contact(recipe, family, made["student"], grid_rows)
+    return evaluation, [made[n].take(grid_rows) for n in ("teacher", best, "student")]
+
+
+def _samples(
+    name: str,
+    title: str,
+    family: Family,
+    experts: Experts,
+    conditions: Conditions,
+    rows: Sequence[int],
+    texts: list[str],
+    grid: list[float],
+    guidance: Guidance,
+    recipe: Recipe,
+    salt: int,
+    device: torch.device,
+) -> Samples:
+    clips, start = [], time.perf_counter()
+    for i in range(0, len(rows), recipe.evaluation.batch):
+        part = rows[i : i + recipe.evaluation.batch]
+        noise = evaluation_noise(recipe, family, range(i, i + len(part)), salt=salt).to(device)
+        cond, uncond = (conditions.rows(r).to(device).float() for r in (part, [0] * len(part)))
+        latents = sample(experts, noise, cond, uncond, grid=grid, guidance=guidance)
+        clips.append(family.decode(latents).cpu())
+    return Samples(
+        name=name,
+        title=title,
+        clips=torch.cat(clips),
+        prompts=texts,
+        evaluations=(len(grid) - 1) * (2 if guidance.active else 1),
+        seconds=(time.perf_counter() - start) / len(rows),
+    )
+
+
+def evaluation_noise(recipe: Recipe, family: Family, positions: Sequence[int], *, salt: int = 0) -> Tensor:
+    """The starting noise of evaluation samples, ``(len(positions), *latent)``, the same for every method."""
+    return Draws(recipe.evaluation.seed + salt, "evaluation", list(positions)).normal("noise", family.shape().latent)
+
+
+def contact_rows(texts: Sequence[str], count: int) -> list[int]:
+    """Rows for the contact sheet: the first of each distinct prompt."""
+    first = [i for i, t in enumerate(texts) if t not in texts[:i]]
+    return (first or list(range(len(texts))))[:count]
+
+
+def save_contact(recipe: Recipe, family: Family, student: Samples, rows: list[int]) -> None:
+    """Write noise and frames of the student's rows beside the report."""
+    tensors = {"noise": evaluation_noise(recipe, family, rows), "frames": student.clips[rows].contiguous()}
+    prompts = json.dumps([student.prompts[i] for i in rows])
+    save_file(tensors, recipe.folder / CONTACT, metadata={"prompts": prompts, "text_length": str(family.text_length())})
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves worth a look, by cycle."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_lines(path):
+        for key in ("fake/loss", "student/gradient", "student/x0_std", "teacher/x0_std"):
+            if key in row:
+                curves.setdefault(key, []).append((int(row["cycle"]), float(row[key])))
+    return curves

@@ -1,0 +1,143 @@
+"""Following a run: the controller writes each report to a file, the driver reads it into a terminal and MLflow."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ray.train import Checkpoint
+from ray.train import UserCallback as RayUserCallback
+from ray.train.v2.api.context import TrainContext
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from raydmd.recipe import Recipe
+from raydmd.tracking.tracker import Tracker
+from raydmd.training.events import read_lines
+
+
+class MetricsFile(RayUserCallback):
+    """Appends every report to ``metrics.jsonl``; runs in Ray Train's controller, beside the driver.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_report(
+        self, run_context: TrainContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Write the mean over ranks of every number; counters are the same on all ranks or add up."""
+        row = {k: _over_ranks(k, [float(m[k]) for m in metrics if k in m]) for k in metrics[0]}
+        row["time"] = time.time()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Follower:
+    """Reads a run's metrics as they come: one progress line, alarms, and MLflow.
+
+    Args:
+        folder: of the run.
+        recipe: the run.
+        tracker: where metrics go.
+        console: to write to; default: standard output.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, tracker: Tracker, console: Console | None = None) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._recipe = recipe
+        self._tracker = tracker
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._seen = sum(1 for _ in read_lines(self._path))
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="raydmd-follow", daemon=True)
+        self._rates: list[tuple[float, float]] = []
+        self._said = 0.0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Read what is left and stop."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=60)
+
+    def _follow(self) -> None:
+        if not self._console.is_terminal:
+            while not self._done.wait(1.0):
+                self._read(None)
+            self._read(None)
+            return
+        with Live(Text("starting ..."), console=self._console, refresh_per_second=4, transient=False) as live:
+            while not self._done.wait(0.5):
+                self._read(live)
+            self._read(live)
+
+    def _read(self, live: Live | None) -> None:
+        rows = list(read_lines(self._path))[self._seen :]
+        self._seen += len(rows)
+        shown = [r for r in rows if "fake/loss" in r]
+        for row in shown:
+            self._rates = [*self._rates[-20:], (row["time"], row["cycle"])]
+        if shown:
+            line = progress_line(shown[-1], self._recipe, self._rates)
+            if live is not None:
+                live.update(Text(line))
+            elif time.monotonic() - self._said > 10 or self._done.is_set():
+                self._said = time.monotonic()
+                self._console.print(line)
+        try:
+            self._tracker.log([{k: v for k, v in r.items() if k != "time"} for r in rows])
+        except Exception as error:  # the rows are kept in the file; the next reading tries again
+            self._console.print(f"tracking: {type(error).__name__}: {error}; will try again")
+            self._seen -= len(rows)
+            self._done.wait(5.0)
+
+
+def progress_line(row: Mapping[str, float], recipe: Recipe, rates: list[tuple[float, float]]) -> str:
+    """One line for people: where the run is, how fast, and whether something looks wrong."""
+    cycle, total = int(row["cycle"]), int(row["cycles"])
+    spent = {k: v for k, v in row.items() if k.startswith("time/")}
+    wait = spent.get("time/teacher_wait", 0.0) / max(sum(spent.values()), 1e-9)
+    (t0, c0), (t1, c1) = rates[0], rates[-1]
+    rate = (c1 - c0) / (t1 - t0) if t1 > t0 else 0.0
+    left = f"{(total - cycle) / rate / 60:.1f} min left" if rate else "..."
+    parts = [
+        f"cycle {cycle}/{total}",
+        f"phase {int(row['phase']) + 1}",
+        f"{rate:.2f} cycles/s",
+        left,
+        f"fake loss {row['fake/loss']:.3f}",
+        f"gradient {row['student/gradient']:.3g}",
+        f"teacher wait {wait:.0%}",
+    ]
+    return "  ".join(parts + alarms(row))
+
+
+def alarms(row: Mapping[str, float]) -> list[str]:
+    """What a person should look at now."""
+    found = []
+    ratio = row["student/x0_std"] / max(row["teacher/x0_std"], 1e-9)
+    if not 0.67 < ratio < 1.5:
+        found.append(f"ALARM student's spread is {ratio:.2f} of the teacher's")
+    if row["teacher/retries"]:
+        found.append(f"{int(row['teacher/retries'])} teacher retries")
+    return found
+
+
+def _over_ranks(name: str, values: list[float]) -> float:
+    return sum(values) if name == "teacher/retries" else sum(values) / len(values)

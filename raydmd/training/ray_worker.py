@@ -1,0 +1,116 @@
+"""The function that Ray Train runs on every worker, and the session it gives the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+
+from raydmd.errors import RaydmdError
+from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.recipe import Recipe
+from raydmd.serving.client import TeacherClient
+from raydmd.serving.local import LocalTeacher
+from raydmd.serving.pool_client import ClientSpec, PoolClient
+from raydmd.training.events import EventLog
+from raydmd.training.session import Session
+from raydmd.training.worker import Job, Worker
+
+
+class RaySession(Session):
+    """A worker of Ray Train."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:
+        """See :class:`~raydmd.training.session.Session`."""
+        handle = Checkpoint.from_directory(checkpoint) if checkpoint else None
+        ray.train.report(dict(metrics), checkpoint=handle, checkpoint_dir_name=name)
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """See :class:`~raydmd.training.session.Session`."""
+        handle = ray.train.get_checkpoint()
+        if handle is None:
+            yield None
+            return
+        with handle.as_directory() as folder:
+            yield Path(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What crosses from the driver to every worker.
+
+    Attributes:
+        recipe: the run.
+        conditions: the file of encoded prompts.
+        pool: how to reach the teacher; ``None`` loads one here.
+        stop_at: see :class:`~raydmd.training.worker.Job`.
+        folder: of the run.
+    """
+
+    recipe: Recipe
+    conditions: str
+    pool: ClientSpec | None
+    stop_at: int | None
+    folder: str
+
+
+class LoopConfig(TypedDict):
+    """Ray Train passes a dict; ours has one typed entry."""
+
+    worker: WorkerConfig
+
+
+def prepare_process(*, threads: int, deterministic: bool) -> None:
+    """Settings of this process that decide the last bits of a result."""
+    torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def train_loop(config: LoopConfig) -> None:
+    """Run one worker to the end.
+
+    A failure that a restart cannot cure is written down and ends the worker in peace, so that Ray Train
+    does not repeat it; any other exception goes to Ray Train, which restarts the group.
+    """
+    c = config["worker"]
+    prepare_process(threads=c.recipe.placement.threads, deterministic=c.recipe.deterministic)
+    session = RaySession()
+    folder = Path(c.folder)
+    events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
+    job = Job(
+        recipe=c.recipe,
+        family=load_family(c.recipe.model),
+        conditions=load_conditions(Path(c.conditions)),
+        stop_at=c.stop_at,
+        stop_file=folder / "STOP",
+    )
+    try:
+        Worker(job, teacher_client(c, job, session), session, events).run()
+    except RaydmdError as error:
+        events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
+
+
+def teacher_client(c: WorkerConfig, job: Job, session: Session) -> TeacherClient:
+    """The frozen teacher: a client of the pool, or a copy in this process."""
+    if c.pool is not None:
+        return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
+    experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
+    return LocalTeacher(experts, job.conditions)
+
+

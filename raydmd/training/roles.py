@@ -1,0 +1,185 @@
+"""A trainable role: its experts, optimizer, moving average, sharding and adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from raydmd import recipe as recipes
+from raydmd.errors import NonFiniteError
+from raydmd.models.base import Denoiser, Experts, Routing
+from raydmd.process import Prediction, Process
+
+ADAPTER = "student"
+
+
+class TrainedRole:
+    """Student or fake score during one phase.
+
+    Args:
+        name: for messages and checkpoint keys.
+        experts: every expert of the role, on its device; those not in ``trained`` are frozen.
+        trained: experts whose parameters move in this phase.
+        finished: experts that earlier phases trained; they belong in the checkpoint.
+        settings: optimizer and adapters.
+        average: decay of the moving average; 0 keeps none.
+        routing: which expert serves which time.
+        process: the noise process.
+        prediction: what the networks predict.
+        sharding: ``ddp`` or ``fsdp``; ignored by a single process.
+        precision: of FSDP's gathered parameters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        experts: Mapping[str, Denoiser],
+        *,
+        trained: tuple[str, ...],
+        finished: tuple[str, ...] = (),
+        settings: recipes.Role,
+        average: float,
+        routing: Routing,
+        process: Process,
+        prediction: Prediction,
+        sharding: str = "ddp",
+        precision: str = "fp32",
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.denoisers = dict(experts)
+        self._kept = tuple(e for e in experts if e in (*finished, *trained))
+        self._decay = average
+        for expert, denoiser in experts.items():
+            _select(denoiser, train=expert in trained, lora=settings.lora is not None)
+        if sharding == "fsdp" and dist.is_initialized():
+            for denoiser in experts.values():
+                if not isinstance(denoiser.network, FSDPModule):  # experts of earlier phases come sharded
+                    _shard(denoiser, precision)
+        self.parameters = {
+            f"{e}.{n}": p for e in trained for n, p in experts[e].network.named_parameters() if p.requires_grad
+        }
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=settings.rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        for p in self.parameters.values():  # made now, so that a checkpoint always has the same keys
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if average else {}
+        self.updates = torch.zeros((), dtype=torch.int64)
+        modules: dict[str, nn.Module] = dict(experts)
+        if sharding == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
+            for expert in trained:
+                # One bucket: its reduction order, and so the last bit, does not depend on timing.
+                modules[expert] = DistributedDataParallel(
+                    experts[expert], broadcast_buffers=False, bucket_cap_mb=4096, gradient_as_bucket_view=True
+                )
+        self.experts = Experts(modules, routing, process, prediction)
+
+    def set_rate(self, factor: float) -> float:
+        """Scale the rate by a schedule's factor; returns the rate."""
+        rate = self.settings.rate * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def update(self, loss: Tensor, *, where: str) -> float:
+        """Backward, clip, step, average.
+
+        Args:
+            loss: a scalar with gradient.
+            where: for the message, e.g. ``cycle 12``.
+
+        Returns:
+            The gradient norm before clipping, the same on all ranks.
+
+        Raises:
+            NonFiniteError: on every rank alike and before any parameter moves.
+        """
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if not math.isfinite(norm):
+            # Averaging over ranks has spread the bad value to all of them: all of them raise.
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"the {self.name}'s gradient is {norm} in {where} (loss here {float(loss.detach()):g}); no parameter "
+                f"moved. Lower training.{self.name}.rate or raise method.normaliser_floor, then resume"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        if self.average:
+            # A young average would otherwise be mostly the starting point.
+            done = int(self.updates)
+            decay = min(self._decay, (1 + done) / (10 + done))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        return norm
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the moving average in place of the parameters: what later phases build on is what is exported."""
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of this role that a checkpoint needs, by a stable name; loaded in place."""
+        found = {f"{self.name}.{n}": p for n, p in self._kept_parameters()}
+        for name, p in self.parameters.items():
+            found |= {f"{self.name}.optimizer.{name}.{k}": v for k, v in self.optimizer.state[p].items()}
+        found |= {f"{self.name}.average.{n}": v for n, v in self.average.items()}
+        return found | {f"{self.name}.updates": self.updates}
+
+    def _kept_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for expert in self._kept:
+            for name, p in self.denoisers[expert].network.named_parameters():
+                if self.settings.lora is None or "lora_" in name:
+                    yield f"{expert}.{name}", p.detach()
+
+
+def add_adapter(denoiser: Denoiser, lora: recipes.Lora, *, seed: int) -> None:
+    """Give a network low-rank adapters whose start depends on the seed alone."""
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        denoiser.network.add_adapter(config, adapter_name=ADAPTER)
+
+
+def adapter_weights(denoiser: Denoiser) -> dict[str, Tensor]:
+    """The adapter's weights under peft's names."""
+    state = get_peft_model_state_dict(denoiser.network, adapter_name=ADAPTER)
+    return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+
+def _select(denoiser: Denoiser, *, train: bool, lora: bool) -> None:
+    for name, p in denoiser.network.named_parameters():
+        p.requires_grad_(train and (not lora or "lora_" in name))
+
+
+def _shard(denoiser: Denoiser, precision: str) -> None:
+    """FSDP2, per block; the network's own list says what a block is."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32
+    )
+    blocks = set(denoiser.network._no_split_modules or ())
+    for module in denoiser.network.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mp_policy=policy)
+    fully_shard(denoiser.network, mp_policy=policy)

@@ -1,0 +1,306 @@
+"""The driver: checks a recipe, starts pool and workers, follows them, and turns what they made into results."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import yaml
+
+from raydmd import __version__
+from raydmd.errors import DONE, InputError, RunFailed, RunStopped
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Experts
+from raydmd.models.places import locate
+from raydmd.recipe import Recipe
+from raydmd.serving.pool import TeacherPool
+from raydmd.tracking.tracker import Tracker
+from raydmd.training.cluster import check_room, connect, demands
+from raydmd.training.events import EventLog, read_lines
+from raydmd.training.follow import Follower, MetricsFile
+from raydmd.training.prompts import read_prompts
+from raydmd.training.ray_worker import WorkerConfig, train_loop
+
+FREE_KEYS = ("placement", "tracking", "evaluation", "output")
+"""Sections that may differ between a run and its resumption."""
+FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
+
+
+def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
+    """Train, export and evaluate; resume if a run of this name was stopped.
+
+    Args:
+        recipe: the run.
+        max_cycles: stop after this many cycles in all, resumable.
+
+    Returns:
+        The exit code, ``DONE``.
+
+    Raises:
+        InputError: before anything starts.
+        RunStopped: after a checkpoint; the same command resumes.
+        RunFailed: what was computed is kept.
+    """
+    family = load_family(recipe.model)
+    experts = len(getattr(recipe.method, "boundaries", ())) + 1
+    if experts > family.max_experts:
+        raise InputError(
+            f"method.boundaries makes {experts} phases with an expert each, "
+            f"but a student of this family holds at most {family.max_experts}"
+        )
+    prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
+    folder = recipe.folder
+    with locked(folder):
+        if finished(folder):
+            print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
+            return DONE
+        same_run(recipe, folder)
+        start = time.monotonic()
+        connect(cpus=sum(row.get("CPU", 0.0) for row in demands(recipe).values()))
+        try:
+            check_room(recipe, ray.cluster_resources())
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / "STOP").unlink(missing_ok=True)
+            tracker = Tracker.open(recipe, versions())
+            conditions = family.encode(prompts, (recipe.data.cache or folder / "conditions").absolute())
+            try:
+                checkpoint = train(recipe, family.shape().latent, conditions, tracker, max_cycles)
+                figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
+                tracker.results(figures, artifacts)
+                tracker.end("FINISHED")
+            except RunStopped:
+                tracker.end("KILLED")
+                raise
+            except BaseException:
+                tracker.end("FAILED")
+                raise
+        finally:
+            ray.shutdown()
+    return DONE
+
+
+def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tracker, stop_at: int | None) -> Path:
+    """Run the workers to the end; returns the final checkpoint's folder."""
+    folder, p, t = recipe.folder, recipe.placement, recipe.training
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if p.teacher == "remote":
+            pool = TeacherPool.start(
+                p,
+                functools.partial(build_teacher, recipe),
+                str(conditions),
+                name=f"{recipe.name}/teacher",
+                deterministic=recipe.deterministic,
+                sample_shape=latent,
+                request_timeout=t.step_timeout,
+            )
+            stack.callback(pool.close)
+        config = WorkerConfig(
+            recipe=recipe,
+            conditions=str(conditions),
+            pool=pool.client_spec() if pool else None,
+            stop_at=stop_at,
+            folder=str(folder),
+        )
+        resources = {"CPU": p.worker_cpus, **p.worker_resources} | ({"GPU": p.worker_gpus} if p.worker_gpus else {})
+        trainer = ray.train.torch.TorchTrainer(
+            train_loop,
+            train_loop_config={"worker": config},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=p.workers, use_gpu=p.worker_gpus > 0, resources_per_worker=resources
+            ),
+            torch_config=ray.train.torch.TorchConfig(
+                backend="nccl" if p.worker_gpus else "gloo", timeout_s=int(t.step_timeout)
+            ),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=str(folder),
+                failure_config=ray.train.FailureConfig(max_failures=t.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
+                callbacks=[MetricsFile(folder / "metrics.jsonl")],
+            ),
+        )
+        events = folder / "events.jsonl"
+        seen = sum(1 for _ in read_lines(events))
+        follower = stack.enter_context(Follower(folder, recipe, tracker))
+        stack.enter_context(stop_on_signals(folder))
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise RunFailed(
+                f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
+                f"Its last checkpoint is kept; the same command resumes. Log: {events}"
+            ) from error
+        follower.close()
+        news = list(read_lines(events))[seen:]
+    return outcome(recipe, news, result)
+
+
+def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result) -> Path:
+    """What the workers' last words mean: a final checkpoint, a stop, or a failure that no restart cures."""
+    last = next((e for e in reversed(news) if e["event"] in ("finished", "stopped", "failed")), None)
+    if last is None:
+        raise RunFailed(f"run '{recipe.name}' ended without a word; see {recipe.folder / 'events.jsonl'}")
+    if last["event"] == "failed":
+        raise RunFailed(f"run '{recipe.name}' failed: {last['message']}\nLog: {recipe.folder / 'events.jsonl'}")
+    if last["event"] == "stopped":
+        raise RunStopped(
+            f"run '{recipe.name}' stopped after {last['cycle']} cycles with a checkpoint; the same command resumes it"
+        )
+    if result.checkpoint is None:
+        raise RunFailed(f"run '{recipe.name}' finished but its final checkpoint is not in {recipe.folder}")
+    return Path(result.checkpoint.path)
+
+
+def finish(
+    recipe: Recipe, checkpoint: Path, prompts: list[str], *, started: float
+) -> tuple[dict[str, float], list[Path]]:
+    """Export and evaluate in a process of its own, where a teacher's resources are."""
+    from raydmd.training.finish import finish_run
+
+    p = recipe.placement
+    task = ray.remote(finish_run).options(
+        num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=p.teacher_gpus or p.worker_gpus, max_retries=1
+    )
+    facts = {**versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    reference = task.remote(recipe, str(checkpoint), prompts, facts, time.monotonic() - started)
+    print("exporting and evaluating ...", flush=True)
+    figures, artifacts, table = ray.get(reference)
+    print(table)
+    print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
+    return figures, [Path(a) for a in artifacts]
+
+
+def build_teacher(recipe: Recipe) -> Experts:
+    """Load the frozen teacher; runs in a replica."""
+    family = load_family(recipe.model)
+    return load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that the same name never runs twice at once on it.
+
+    Raises:
+        InputError: if another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to output folder {folder}: {error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
+        yield
+
+
+@contextlib.contextmanager
+def stop_on_signals(folder: Path) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a stop after the current cycle; the second ends at once."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if (folder / "STOP").exists():
+            raise KeyboardInterrupt
+        (folder / "STOP").touch()
+        print("\nstopping after this cycle; once more to end at once", flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has left its results."""
+    return (folder / "result.json").is_file()
+
+
+def same_run(recipe: Recipe, folder: Path) -> None:
+    """Refuse to resume a run with another recipe.
+
+    Raises:
+        InputError: naming the keys that differ.
+    """
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return
+    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    now = recipe.model_dump(mode="json")
+    differs = [k for k in _leaves(now) | _leaves(before) if _get(now, k) != _get(before, k) and not _free(k)]
+    if differs:
+        shown = "; ".join(f"{k}: was {_get(before, k)!r}, now {_get(now, k)!r}" for k in sorted(differs)[:6])
+        raise InputError(
+            f"run '{recipe.name}' in {folder} was started with another recipe ({shown}). "
+            "Give the old settings to resume it, or another --name"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What a run must name to be repeated."""
+    import diffusers
+    import transformers
+
+    found = {
+        "raydmd": __version__,
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root = Path(__file__).parent
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+        found["git"] = out.stdout.strip()
+    return found
+
+
+def _free(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    return section in FREE_KEYS or (section == "training" and rest in FREE_TRAINING)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    return {
+        leaf
+        for k, v in tree.items()
+        for leaf in (_leaves(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}"})
+    }
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _root(error: BaseException) -> str:
+    """The innermost error's own line, without a traceback."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+

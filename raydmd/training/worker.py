@@ -1,0 +1,292 @@
+"""The Train worker: builds the roles of each phase, runs the cycles, reports, checkpoints.
+
+All resumable state is what :meth:`Worker.state` names. Everything drawn at random is a function of
+seed and position, so there is no generator to save.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from raydmd.errors import RaydmdError, RunFailed
+from raydmd.methods.method import Method
+from raydmd.methods.phases import Phase
+from raydmd.methods.presets import build_method, source_expert, student_routing
+from raydmd.models.base import Conditions, Denoiser, Family, Routing
+from raydmd.recipe import Recipe, Role
+from raydmd.serving.client import TeacherClient
+from raydmd.training import checkpoint
+from raydmd.training.cycle import Actors, train_cycle, update_fake
+from raydmd.training.events import EventLog
+from raydmd.training.plan import CyclePlan
+from raydmd.training.roles import TrainedRole, add_adapter
+from raydmd.training.session import Session
+from raydmd.training.stream import Stream
+
+STUDENT = "student"
+"""Folder of a finished run's checkpoint that holds its student, one safetensors file per expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is told.
+
+    Attributes:
+        recipe: the run.
+        family: the teacher's pipeline.
+        conditions: encoded prompts.
+        stop_at: cycles after which this invocation stops, resumable; ``None`` runs to the end.
+        stop_file: stops the run when it exists.
+    """
+
+    recipe: Recipe
+    family: Family
+    conditions: Conditions
+    stop_at: int | None = None
+    stop_file: Path | None = None
+
+
+class Worker:
+    """One rank of a run.
+
+    Args:
+        job: what to do.
+        teacher: asks the frozen teacher, here or elsewhere.
+        session: ranks, reports and checkpoints.
+        events: what happened, for people and for tests.
+    """
+
+    def __init__(self, job: Job, teacher: TeacherClient, session: Session, events: EventLog) -> None:
+        self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
+        self.teacher = teacher
+        self._stop_at, self._stop_file = job.stop_at, job.stop_file
+        training = self.recipe.training
+        self.routing: Routing = job.family.routing()
+        self.method: Method = build_method(
+            self.recipe.method, self.routing, job.family.process, job.family.prediction
+        )
+        self.plan = CyclePlan.of(training, len(self.method.phases))
+        updates = ["student", *(f"fake.{k}" for k in range(training.fake_updates))]
+        self.stream, self._warmup_stream = (
+            Stream(
+                job.conditions,
+                seed=self.recipe.seed + salt,
+                batch=training.batch,
+                slots={name: i for i, name in enumerate(slots)},
+                rank=session.rank,
+                world=session.world,
+                device=session.device,
+            )
+            for salt, slots in ((0, updates), (1, [f"warmup.{k}" for k in range(training.fake_warmup)]))
+        )
+        self.cycle = 0
+        self.student: TrainedRole
+        self.fake: TrainedRole
+
+    def run(self) -> str:
+        """Train to the end, or to a stop.
+
+        Returns:
+            ``finished`` or ``stopped``.
+
+        Raises:
+            RaydmdError: on all ranks alike; nothing that was computed is lost.
+        """
+        fresh = self._restore()
+        while self.cycle < self.plan.cycles:
+            phase = self.method.phases[self.plan.phase(self.cycle)]
+            if fresh:
+                self._enter(phase, {} if phase.index == 0 else self.student.denoisers)
+            actors = self._actors(phase)
+            if fresh:
+                self._warm_up(actors)
+            fresh = self._train(phase, actors)
+            if self._stopping():
+                self.events.write("stopped", cycle=self.cycle)
+                return "stopped"
+        self._save(student=True)
+        self.events.write("finished", cycle=self.cycle)
+        return "finished"
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a resumed run needs."""
+        return {**self.student.tensors(), **self.fake.tensors()}
+
+    def _train(self, phase: Phase, actors: Actors) -> bool:
+        """Run cycles until the phase ends or the run must stop; returns whether the phase ended."""
+        training = self.recipe.training
+        end, sums, count = self.plan.ends[phase.index], dict[str, float](), 0
+        while self.cycle < end:
+            factor = self.plan.rate(self.cycle)
+            rate = self.student.set_rate(factor)
+            self.fake.set_rate(factor)
+            metrics = train_cycle(actors, self.cycle)
+            self.cycle += 1
+            count += 1
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, 0.0) + value
+            stop = self._stopping()
+            save = self.cycle % training.checkpoint_every == 0 or stop
+            if self.cycle % training.report_every == 0 or save or self.cycle == end:
+                means = {k: v / count for k, v in sums.items()}
+                row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means}
+                row |= {"cycles": self.plan.cycles, "teacher/retries": self.teacher.retries}
+                sums, count = {}, 0
+                if save and self.cycle < end:
+                    self._save(row)
+                else:
+                    self.session.report(row)
+            if stop:
+                break
+        if self.cycle < end:
+            return False
+        self.student.settle()
+        if self.cycle < self.plan.cycles:
+            self._save(ended=True)
+        return True
+
+    def _restore(self) -> bool:
+        """Build the roles of the phase that the last checkpoint was in; returns whether to enter a phase anew."""
+        with self.session.latest() as folder:
+            if folder is None:
+                self.events.write("start", world=self.session.world)
+                return True
+            progress = checkpoint.read_progress(folder)
+            self.cycle = progress.cycle
+            self._enter(self.method.phases[progress.phase], {})
+            checkpoint.load(folder, self.state())
+            self.events.write("resume", cycle=self.cycle, phase=progress.phase, world=self.session.world)
+            return self.cycle >= self.plan.ends[progress.phase] and self.cycle < self.plan.cycles
+
+    def _enter(self, phase: Phase, students: dict[str, Denoiser]) -> None:
+        """Make the roles of a phase: its student experts go on, its fake score starts from the teacher."""
+        recipe, m, training = self.recipe, self.method, self.recipe.training
+        routing = student_routing(recipe.method, self.routing)
+        finished = tuple(e for p in m.phases[: phase.index] for e in p.student)
+        needed = tuple(dict.fromkeys((*finished, *phase.student)))
+        student = {e: students.get(e) or self._student_expert(e) for e in needed}
+        self.student = self._role("student", student, phase.student, finished, training.student, routing)
+        fake = {e: self._expert(e, training.fake) for e in phase.fake_experts}
+        self.fake = self._role("fake", fake, phase.fake_experts, (), training.fake, self.routing)
+
+    def _student_expert(self, expert: str) -> Denoiser:
+        return self._expert(source_expert(self.recipe.method, self.routing, expert), self.recipe.training.student)
+
+    def _expert(self, source: str, settings: Role) -> Denoiser:
+        training = self.recipe.training
+        bf16 = training.precision == "bf16"
+        # FSDP gathers in bf16 by itself; without it autocast does, over fp32 masters.
+        autocast = torch.bfloat16 if bf16 and training.sharding == "ddp" else torch.float32
+        denoiser = self.family.denoiser(source, dtype=torch.float32, autocast=autocast)
+        if settings.lora is not None:
+            add_adapter(denoiser, settings.lora, seed=self.recipe.seed)
+        if training.gradient_checkpointing:
+            denoiser.network.enable_gradient_checkpointing()
+        denoiser.train()
+        return denoiser.to(self.session.device)
+
+    def _role(
+        self,
+        name: str,
+        experts: dict[str, Denoiser],
+        trained: tuple[str, ...],
+        finished: tuple[str, ...],
+        settings: Role,
+        routing: Routing,
+    ) -> TrainedRole:
+        return TrainedRole(
+            name,
+            experts,
+            trained=trained,
+            finished=finished,
+            settings=settings,
+            average=self.recipe.training.ema if name == "student" else 0.0,
+            routing=routing,
+            process=self.family.process,
+            prediction=self.family.prediction,
+            sharding=self.recipe.training.sharding,
+            precision=self.recipe.training.precision,
+        )
+
+    def _actors(self, phase: Phase) -> Actors:
+        return Actors(
+            method=self.method,
+            phase=phase,
+            student=self.student,
+            fake=self.fake,
+            teacher=self.teacher,
+            stream=self.stream,
+            latent=self.family.shape().latent,
+            fake_updates=self.recipe.training.fake_updates,
+            agree=self._agree,
+        )
+
+    def _warm_up(self, actors: Actors) -> None:
+        warm = Actors(**{**vars(actors), "stream": self._warmup_stream})
+        for k in range(self.recipe.training.fake_warmup):
+            update_fake(warm, actors.phase.index, f"warmup.{k}")
+
+    def _save(self, row: dict[str, float] | None = None, *, ended: bool = False, student: bool = False) -> None:
+        """Write a checkpoint; ``student`` adds the weights to export."""
+        done = row or {"cycle": self.cycle, "cycles": self.plan.cycles}
+        phase = len(self.method.phases) - 1 if student else self.plan.phase(self.cycle - 1)
+        with tempfile.TemporaryDirectory(prefix="raydmd-") as temporary:
+            folder = Path(temporary)
+            progress = checkpoint.Progress(cycle=self.cycle, phase=phase, recipe=self.recipe.to_yaml())
+            checkpoint.save(folder, self.state(), progress, rank=self.session.rank)
+            if student:
+                write_student(folder / STUDENT, self.student, rank=self.session.rank)
+            suffix = "-final" if student else "-phase" if ended else ""
+            self.session.report(done, folder, checkpoint.name_of(self.cycle) + suffix)
+        self.events.write("checkpoint", cycle=self.cycle, phase=phase)
+
+    def _stopping(self) -> bool:
+        """Whether all ranks stop after this cycle; rank 0 decides."""
+        asked = self._stop_file is not None and self.session.rank == 0 and self._stop_file.exists()
+        if self.session.world > 1:
+            flag = torch.tensor(int(asked), device=self.session.device)
+            dist.broadcast(flag, src=0)
+            asked = bool(flag)
+        limit = self._stop_at is not None and self.cycle >= self._stop_at
+        return (asked or limit) and self.cycle < self.plan.cycles
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error: one that raised alone would leave the others waiting."""
+        if self.session.world == 1:
+            if error is not None:
+                raise error
+            return
+        flag = torch.tensor(int(error is not None), device=self.session.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag:
+            return
+        mine = None if error is None else (isinstance(error, RaydmdError), type(error).__name__, str(error))
+        everyone: list[tuple[bool, str, str] | None] = [None] * self.session.world
+        dist.all_gather_object(everyone, mine)
+        if error is not None:
+            raise error
+        text = "; ".join(f"rank {r}: {e[1]}: {e[2]}" for r, e in enumerate(everyone) if e)
+        raise RunFailed(text)
+
+
+def write_student(folder: Path, role: TrainedRole, *, rank: int) -> None:
+    """Gather the student's weights and write them on rank 0: full, or its adapters."""
+    for expert, denoiser in role.denoisers.items():
+        found = {}
+        for name, p in denoiser.network.named_parameters():
+            if role.settings.lora is None or "lora_" in name:
+                whole = p.full_tensor() if isinstance(p, DTensor) else p
+                found[name] = whole.detach().cpu().contiguous()
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(found, folder / f"{expert}.safetensors")
+
+

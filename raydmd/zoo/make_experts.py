@@ -1,0 +1,129 @@
+"""Train the zoo's two Wan experts and their text encoder on latents of the world."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from raydmd.process import shift
+from raydmd.zoo.world import all_captions
+
+BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM, DROP = 0.875, 5.0, 12, 48, 0.1
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the world's captions."""
+    words = sorted({w for c in all_captions() for w in c.text.split()})
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """An untrained one-layer UMT5 encoder."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_DIM,
+            d_kv=12,
+            d_ff=96,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def build_expert() -> WanTransformer3DModel:
+    """An untrained expert: 12 tokens per clip, about half a million parameters."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=TEXT_DIM,
+        freq_dim=64,
+        ffn_dim=320,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+
+
+def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings ``(B, L, D)``, zero past the prompt's end as WanPipeline makes them."""
+    return encoder(ids, mask).last_hidden_state * mask[..., None]
+
+
+def train_experts(
+    latents: Tensor, prompts: list[str], *, minutes: float, seed: int, batch: int = 64
+) -> tuple[WanTransformer3DModel, WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
+    """Flow matching on normalised latents, both experts in turn, the text encoder with both.
+
+    Args:
+        latents: normalised, ``(N, 16, 3, 4, 4)``.
+        prompts: a caption per latent.
+        minutes: wall time to spend.
+        seed: of initialisation, batches and noise.
+        batch: samples per update.
+
+    Returns:
+        High-noise expert, low-noise expert, text encoder (all moving averages), tokenizer.
+    """
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    tokens = tokenizer([*prompts, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    parts = nn.ModuleDict(
+        {"text": build_text_encoder(len(tokenizer)), "high": build_expert(), "low": build_expert()}
+    )
+    average = copy.deepcopy(parts).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    split = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)
+    start, step, losses = time.monotonic(), 0, {"high": 0.0, "low": 0.0}
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 200) * (1 - done) + 1e-6
+        name = "high" if step % 3 == 0 else "low"  # the low-noise expert has the harder task
+        low, high = (split, 1.0) if name == "high" else (0.0, split)
+        rows = torch.randint(len(latents), (batch,))
+        prompt = torch.where(torch.rand(batch) < DROP, len(prompts), rows)
+        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
+        t = shift(low + (high - low) * torch.rand(batch), SHIFT)
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1, 1))
+        cond = encode_text(parts["text"], ids[prompt], mask[prompt])
+        out = parts[name](x_t, t * 1000, cond, return_dict=False)[0]
+        loss = F.mse_loss(out, noise - x0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (step + 1) / (step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(parts.parameters()), 1 - decay)
+        losses[name] = 0.98 * losses[name] + 0.02 * float(loss.detach())
+        if step % 300 == 0:
+            print(f"experts step {step} {done:.0%} high {losses['high']:.4f} low {losses['low']:.4f}", flush=True)
+        step += 1
+    print(f"experts done after {step} steps: high {losses['high']:.4f} low {losses['low']:.4f}", flush=True)
+    return average["high"], average["low"], average["text"], tokenizer

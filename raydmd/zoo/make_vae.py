@@ -1,0 +1,125 @@
+"""Train the zoo's AutoencoderKLWan on clips of the world.
+
+Two stages, because later stages train on its latents: first encoder and decoder together, then the
+decoder alone while the latents stay what they are. What was learnt the hard way is in ``docs/log.md``:
+clips span +-0.8 because decode clamps at +-1, and the mode plus a little noise replaces
+``sample()`` because an untrained posterior variance drowns the latents.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from raydmd.zoo.world import World, sample_captions
+
+LATENT_NOISE = 0.05
+
+
+def build_vae() -> AutoencoderKLWan:
+    """An untrained AutoencoderKLWan: 9x32x32 frames to latents of 16x3x4x4."""
+    vae = AutoencoderKLWan(
+        base_dim=20,
+        z_dim=16,
+        dim_mult=[1, 2, 3],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        # As in Wan2.2's own autoencoder, 2x2 patches come before the first convolution: full resolution
+        # is where a CPU spends its time.
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+    for module in vae.modules():  # on a CPU the 3-D convolutions run about twice as fast channels-last
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
+
+
+def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int, decoder_only: bool) -> float:
+    """Train in place for a fixed time.
+
+    Args:
+        vae: the autoencoder.
+        world: renders the clips.
+        minutes: wall time to spend.
+        seed: of the clips.
+        decoder_only: leave encoder and latents as they are.
+
+    Returns:
+        The peak signal-to-noise ratio on the last 20 batches, in dB.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [vae.decoder, vae.post_quant_conv] if decoder_only else [vae]
+    params = [p for part in parts for p in part.parameters()]
+    vae.requires_grad_(False)
+    for p in params:
+        p.requires_grad_(True)
+    peak = 1e-3
+    optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    start, step, recent = time.monotonic(), 0, []
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - done) + 1e-5
+        clips, _ = world.clips(sample_captions(8, seed=seed * 1_000_003 + step), generator=generator)
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        with torch.set_grad_enabled(not decoder_only):
+            z = vae.encode(clips).latent_dist.mode()
+        out = vae.decode(z + LATENT_NOISE * torch.randn(z.shape, generator=generator)).sample
+        # Items cover a quarter of the frame: without the weight, black is a good answer for too long.
+        weight = 1 + 3 * (clips.amax(1, keepdim=True) > -0.75)
+        error = out - clips
+        loss = (weight * (4 * error.square() + 0.1 * error.abs())).mean()
+        if not decoder_only:
+            loss = loss + 1e-4 * z.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 5.0)
+        optimizer.step()
+        recent = [*recent[-19:], float(F.mse_loss(out.detach(), clips))]
+        if step % 20 == 0:
+            print(f"vae step {step} {done:.0%} psnr {_psnr(recent):.2f} dB, latent std {float(z.detach().std()):.2f}", flush=True)
+        step += 1
+    return _psnr(recent)
+
+
+@torch.no_grad()
+def fix_latent_statistics(vae: AutoencoderKLWan, world: World, *, seed: int) -> None:
+    """Write each latent channel's mean and standard deviation into the VAE's config, as the pipeline expects."""
+    z = torch.cat(encode_clips(vae, world, count=512, seed=seed)[0].split(1))
+    vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, world: World, *, count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
+    """Render and encode clips.
+
+    Returns:
+        Raw latents ``(N, 16, 3, 4, 4)`` (not normalised), captions, and attribute indices ``(N, 4)``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    captions = sample_captions(count, seed=seed)
+    latents, labels = [], []
+    for i in range(0, count, 64):
+        clips, label = world.clips(captions[i : i + 64], generator=generator)
+        latents.append(vae.encode(clips.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mode())
+        labels.append(label)
+    return torch.cat(latents), [c.text for c in captions], torch.cat(labels)
+
+
+def _edges(out: Tensor, clips: Tensor) -> Tensor:
+    return sum(
+        ((out.diff(dim=d) - clips.diff(dim=d)).abs().mean() for d in (2, 3, 4)), start=out.new_zeros(())
+    )
+
+
+def _psnr(mse: list[float]) -> float:
+    import math
+
+    return 10 * math.log10(4 / (sum(mse) / len(mse)))

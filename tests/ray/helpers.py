@@ -1,0 +1,75 @@
+"""A tiny teacher whose misfortunes are steered by files, across processes."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from raydmd.errors import InputError
+from raydmd.guidance import Guidance
+from raydmd.models.base import Conditions, Denoiser, Experts, Routing
+from raydmd.process import RectifiedFlow
+from raydmd.serving.messages import ScoreRequest
+
+LATENT = (4, 2)
+CONDITIONS = Conditions(embeds=torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(2)))
+
+
+class Fragile(Denoiser):
+    """A small network. In ``folder``: ``hang`` makes one forward hang, ``slow`` all of them slow.
+
+    A latent value of 99 makes the answer NaN.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__()
+        self.prediction = "flow"
+        self.network = nn.Sequential(nn.Linear(8 + 1 + 4, 64), nn.SiLU(), nn.Linear(64, 8))
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=draw))
+        self.folder = folder
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        try:
+            (self.folder / "hang").unlink()  # one process wins
+            time.sleep(60)
+        except FileNotFoundError:
+            pass
+        if (self.folder / "slow").exists():
+            time.sleep(1.5)
+        out: Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], cond.mean(1)], 1))
+        return torch.where(x_t == 99, torch.nan, out.view_as(x_t))
+
+
+def build(folder: Path) -> Experts:
+    """Load the teacher; with a file ``broken`` in the folder it cannot be loaded."""
+    if (folder / "broken").exists():
+        raise InputError("the weights are gone")
+    modules = {"high": Fragile(folder, 0), "low": Fragile(folder, 1)}
+    return Experts(modules, Routing(("high", "low"), (0.875,)), RectifiedFlow(), "flow")
+
+
+def teacher(folder: Path) -> tuple[partial[Experts], str]:
+    """A builder for replicas, and the conditions file."""
+    file = folder / "conditions.safetensors"
+    save_file({"embeds": CONDITIONS.embeds}, file)
+    return partial(build, folder), str(file)
+
+
+def ask(seed: int, size: int = 2, *, expert: str = "high") -> ScoreRequest:
+    """A random request."""
+    draw = torch.Generator().manual_seed(seed)
+    t = torch.rand(size, generator=draw)
+    return ScoreRequest(
+        x_t=torch.randn(size, *LATENT, generator=draw),
+        t=0.875 + 0.125 * t if expert == "high" else 0.8 * t,
+        conditions=tuple(torch.randint(1, 5, (size,), generator=draw).tolist()),
+        guidance=Guidance(4.0),
+        expert=expert,
+        name=f"request {seed}",
+    )

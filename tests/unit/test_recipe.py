@@ -1,0 +1,206 @@
+"""Recipes: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from raydmd.errors import InputError
+from raydmd.recipe import Recipe, combine, derive, known_keys, load, parse_override
+from raydmd.recipe_io import ALIASES, nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.unit
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(InputError) as info:
+        combine(Recipe(), overrides=overrides)
+    return str(info.value)
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = Recipe()
+    assert recipe.method.name == "phased"
+    assert recipe.method.boundaries == (0.875,)
+    assert (recipe.method.steps, recipe.method.shift) == (4, 5.0)
+    assert (recipe.training.student.rate, recipe.training.fake.rate) == (5e-5, 4e-7)
+    assert recipe.training.student.lora is not None
+    assert (recipe.training.student.lora.rank, recipe.training.student.lora.alpha) == (64, 8.0)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    changes = {
+        "method.name": "dmd2",
+        "training": {"fake": {"lora": {"rank": 8}}, "phase_split": [1.0]},
+        "placement.worker_resources": {"trainer": 1},
+        "data.prompts": "prompts.txt",
+    }
+    recipe = derive(Recipe(), changes)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load(file, Recipe()) == recipe
+
+
+def test_later_changes_win_and_the_parent_stays(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("training: {cycles: 7, batch: 32}\nseed: 3\n")
+    parent = derive(Recipe(), {"name": "parent", "seed": 1})
+    recipe = combine(parent, file=file, overrides=["seed=5"])
+    assert (recipe.name, recipe.seed) == ("parent", 5)
+    assert (recipe.training.cycles, recipe.training.batch) == (7, 32)
+    assert parent.seed == 1
+
+
+def test_values_are_read_by_what_the_setting_holds() -> None:
+    recipe = combine(
+        Recipe(),
+        overrides=[
+            "training.student.rate=1e-5",
+            "method.boundaries=[0.9, 0.7]",
+            "name=2024-01-01",
+            "model.revision=0123",
+            "model.negative_prompt=blurry: bad, [ugly] #1",
+            "placement.worker_resources={trainer: 1}",
+            "training.fake.lora={}",
+            "training.student.lora=null",
+            "deterministic=true",
+        ],
+    )
+    assert recipe.training.student.rate == 1e-5
+    assert recipe.method.name == "phased"
+    assert recipe.method.boundaries == (0.9, 0.7)
+    assert (recipe.name, recipe.model.revision) == ("2024-01-01", "0123")
+    assert recipe.model.negative_prompt == "blurry: bad, [ugly] #1"
+    assert recipe.placement.worker_resources == {"trainer": 1.0}
+    assert recipe.training.fake.lora is not None
+    assert recipe.training.student.lora is None
+    assert recipe.deterministic
+    assert parse_override("model.negative_prompt=''") == ("model.negative_prompt", "")
+
+
+def test_a_section_on_the_way_is_switched_on() -> None:
+    recipe = derive(Recipe(), {"training.fake.lora.rank": 8})
+    assert recipe.training.fake.lora is not None
+    assert recipe.training.fake.lora.rank == 8
+
+
+def test_another_method_starts_from_its_own_defaults() -> None:
+    recipe = derive(derive(Recipe(), {"method.guidance": 7.0}), {"method": {"name": "dmd2"}})
+    assert (recipe.method.name, recipe.method.guidance) == ("dmd2", 4.0)
+    recipe = derive(Recipe(), {"method": {"solver": "euler", "name": "dmd2"}})
+    assert recipe.method.model_dump()["solver"] == "euler"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lr", "training.student.rate"),
+        ("training.fake.lr", "training.fake.rate"),
+        ("learning-rate", "training.student.rate"),
+        ("batch_size", "training.batch"),
+        ("num_steps", "method.steps"),
+        ("cfg", "method.guidance"),
+        ("guidance_scale", "method.guidance"),
+        ("ema_decay", "training.ema"),
+        ("lora_rank", "training.student.lora.rank"),
+        ("model.seed", "seed"),
+        ("training.cycels", "training.cycles"),
+        ("trianing.fake.rate", "training.fake.rate"),
+        ("boundaries", "method.boundaries"),
+        ("training.workers", "placement.workers"),
+        ("rate", "training.student.rate"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest(given: str, meant: str) -> None:
+    assert refused(f"{given}=1") == f"unknown recipe key '{given}'; did you mean '{meant}'?"
+
+
+def test_a_key_like_no_other_gets_no_guess() -> None:
+    assert refused("zzzz=1") == "unknown recipe key 'zzzz'; 'raydmd recipe' lists all keys"
+
+
+def test_aliases_lead_to_keys() -> None:
+    assert set(ALIASES.values()) <= set(known_keys())
+    assert all(nearest(word, known_keys()) for word in ALIASES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.solver=euler"], "belongs to method 'dmd2', this recipe's method is 'phased'"),
+        (
+            ["method.name=dmd2", "method.boundaries=[0.5]"],
+            "key 'method.boundaries' belongs to method 'phased', this recipe's method is 'dmd2'",
+        ),
+        (["method.name=dmd3"], "'phased', 'dmd2'"),
+        (["method.boundaries=[1.5]"], "strictly between 0 and 1"),
+        (["method.boundaries=[0.5, 0.875]"], "must fall"),
+        (["method.steps=1"], "gives no step to phase 2 of 2"),
+        (["method.times=[0.9, 0.1]"], "times must rise"),
+        (["training.cycles=many"], "training.cycles: .*given 'many'"),
+        (["training.cycles=0"], "greater than or equal to 1, given 0"),
+        (["training.student.rate=.nan"], "training.student.rate"),
+        (["training.student.betas=[0, 1]"], "less than 1"),
+        (["training.ema=1"], "less than 1"),
+        (["training=5", "training.cycles=3"], "'training' is set to 5"),
+        (["training=5"], "training: "),
+        (["training="], "has no value"),
+        (["=5"], "not of the form"),
+        (["seed"], "not of the form"),
+        (["training.cycles=[1"], "no YAML"),
+        (["seed=1", "seed=2"], "'seed' is given twice"),
+        (["training.batch=10", "placement.workers=3"], "does not divide"),
+        (["training.phase_split=[1]"], "1 entries for 2 phase"),
+        (["training.cycles=1"], "leaves some of 2 phases none"),
+        (["name=a/b"], "name: "),
+        (["placement.teacher=local", "placement.teachers=2"], "teachers=2 does nothing with"),
+        (["placement.teacher=local", "placement.teacher_gpus=1"], "teacher_gpus=1.0 does nothing"),
+        (["method.normaliser=none", "method.normaliser_floor=0.1"], "does nothing with"),
+        (["training.student.lora.targets=[]"], "at least 1"),
+    ],
+)
+def test_refusals(overrides: list[str], message: str) -> None:
+    text = refused(*overrides)
+    assert re.search(message, text) or message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 1\nseed: 2\n", "key 'seed' stands twice, in lines 1 and 2"),
+        (b"training: {cycles: 1}\ntraining.cycles: 2\n", "'training.cycles' is given twice"),
+        (b"seed: \xff\n", "is not UTF-8 text (byte 0xff at offset 6)"),
+        (b"", "holds nothing, not a mapping"),
+        (b"- 1\n", "holds a list, not a mapping"),
+        (b"seed: [1\n", "is no YAML"),
+        (b"? [1, 2]\n: 3\n", "a key must be a word"),
+        (b"lr: 1\n", "did you mean 'training.student.rate'?"),
+        (b"training:\n", "training: "),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(message)) as info:
+        load(file, Recipe())
+    assert str(info.value).startswith(f"recipe file {file}")
+    assert "\n" not in str(info.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        load(tmp_path / "none.yaml", Recipe())
+    with pytest.raises(InputError, match="is a folder"):
+        load(tmp_path, Recipe())
+
+
+def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xef\xbb\xbfseed: 4\n")
+    assert load(file, Recipe()).seed == 4

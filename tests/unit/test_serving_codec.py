@@ -1,0 +1,91 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from raydmd.guidance import Guidance
+from raydmd.serving.codec import (
+    decode_array,
+    decode_reply,
+    decode_request,
+    encode_array,
+    encode_reply,
+    encode_request,
+)
+from raydmd.serving.messages import ScoreReply, ScoreRequest
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+def test_values_dtype_and_shape_survive(dtype: torch.dtype) -> None:
+    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    back = decode_array(encode_array(tensor))
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+
+
+def test_every_bfloat16_bit_pattern_survives_nans_included() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    wire = pickle.loads(pickle.dumps(encode_array(bits.view(torch.bfloat16))))
+    assert wire["data"].dtype == np.uint16
+    back = decode_array(wire)
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back.view(torch.int16), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_dimensions_empty_and_strided_tensors(dtype: torch.dtype) -> None:
+    for tensor in (torch.tensor(1.5), torch.empty(0, 3), torch.randn(4, 6).T[::2]):
+        back = decode_array(encode_array(tensor.to(dtype)))
+        assert torch.equal(back, tensor.to(dtype))
+
+
+def test_encoding_and_decoding_share_memory_where_they_can() -> None:
+    tensor = torch.zeros(3)
+    wire = encode_array(tensor)
+    decoded = decode_array(wire)
+    tensor[0] = 7
+    assert wire["data"][0] == 7
+    assert decoded[0] == 7
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_arrays_are_copied_and_not_written_to() -> None:
+    wire = encode_array(torch.zeros(3))
+    wire["data"].flags.writeable = False
+    decode_array(wire)[0] = 7
+    assert wire["data"][0] == 0
+
+
+def test_tensors_with_gradient_are_sent_without_it() -> None:
+    tensor = torch.ones(2, requires_grad=True)
+    assert not decode_array(encode_array(tensor)).requires_grad
+
+
+def test_request_and_reply_survive_and_the_wire_holds_no_tensor() -> None:
+    request = ScoreRequest(
+        x_t=torch.randn(2, 4, 3).bfloat16(),
+        t=torch.tensor([0.9, 1.0]),
+        conditions=(3, 0),
+        guidance=Guidance(4.5),
+        expert="high",
+        name="cycle 1 rank 0",
+    )
+    wire = encode_request(request, "rank 0")
+    raw = pickle.dumps(wire)
+    assert b"torch" not in raw
+    back = decode_request(pickle.loads(raw))
+    assert wire["client"] == "rank 0"
+    assert torch.equal(back.x_t, request.x_t)
+    assert torch.equal(back.t, request.t)
+    for field in ("conditions", "guidance", "expert", "name"):
+        assert getattr(back, field) == getattr(request, field)
+
+    reply = ScoreReply(x0=torch.randn(2, 4), replica="teacher/0", seconds=0.25, batch_items=8)
+    raw = pickle.dumps(encode_reply(reply))
+    assert b"torch" not in raw
+    again = decode_reply(pickle.loads(raw))
+    assert torch.equal(again.x0, reply.x0)
+    assert (again.replica, again.seconds, again.batch_items) == ("teacher/0", 0.25, 8)
