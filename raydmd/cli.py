@@ -55,9 +55,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Click leaves what it doesn't know in ``ctx.args``; :func:`read_overrides` reads it strictly."""
 
 
-def experiment(
-    *, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequence[str] | None = None
-) -> NoReturn:
+def experiment(*, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
     """Run an experiment script: read its command line, resolve its recipe, run it, exit.
 
     Args:
@@ -91,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     app.command("run", epilog=EPILOG, context_settings=PASS_ON, options_metavar=f"FILE {USAGE}")(
         _front(lambda _: Recipe(), takes_file=True)
     )
-    app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(
-        _print_recipe
-    )
+    app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
 
@@ -194,9 +190,7 @@ def _front(parent: Callable[[str | None], Recipe], *, takes_file: bool) -> Calla
             keys, files = read_overrides(ctx.args, files=1 if takes_file and recipe is None else 0)
             file = Path(files[0]) if files else recipe
             if takes_file and file is None:
-                raise InputError(
-                    "which recipe? raydmd run FILE; 'raydmd recipe' prints one to edit"
-                )
+                raise InputError("which recipe? raydmd run FILE; 'raydmd recipe' prints one to edit")
             return _resolve(parent, file, [*flags, *keys])
 
         resolved = _guard(resolve, None)
@@ -208,9 +202,7 @@ def _front(parent: Callable[[str | None], Recipe], *, takes_file: bool) -> Calla
     return run_recipe
 
 
-def _resolve(
-    parent: Callable[[str | None], Recipe], file: Path | None, overrides: list[str]
-) -> Recipe:
+def _resolve(parent: Callable[[str | None], Recipe], file: Path | None, overrides: list[str]) -> Recipe:
     changes = recipe_io.read_changes(file, whole=FREE) if file else {}
     changes |= dict(recipe_io.split_override(o) for o in overrides)
     model = changes.get("model.path")

@@ -7,11 +7,14 @@ size draws the same numbers for the same sample.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,7 @@ class Draws:
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), ``(B,)``, fp32."""
-        return torch.cat([torch.rand(1, generator=self._generator(purpose, p)) for p in self.positions]).to(
-            self.device
-        )
+        return torch.cat([torch.rand(1, generator=self._generator(purpose, p)) for p in self.positions]).to(self.device)
 
     def shared(self, purpose: str) -> float:
         """One uniform number in [0, 1) that all samples and all ranks share."""

@@ -7,8 +7,10 @@ Code bases that write ``cond + w (cond - uncond)`` mean ``scale = w + 1``: use :
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -40,17 +40,13 @@ FLOOR = 1e-3
 
 def _floor_is_used(normaliser: str, floor: float) -> None:
     if normaliser == "none" and floor != FLOOR:
-        raise ValueError(
-            f"normaliser_floor={floor} does nothing with normaliser=none; leave it out"
-        )
+        raise ValueError(f"normaliser_floor={floor} does nothing with normaliser=none; leave it out")
 
 
 class Section(BaseModel):
     """A part of the recipe: frozen, no unknown keys, defaults are checked too."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class Model(Section):
@@ -100,9 +96,7 @@ class Phased(Section):
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         if any(not 0 < b < 1 for b in self.boundaries):
-            raise ValueError(
-                f"boundaries must lie strictly between 0 and 1, given {list(self.boundaries)}"
-            )
+            raise ValueError(f"boundaries must lie strictly between 0 and 1, given {list(self.boundaries)}")
         if list(self.boundaries) != sorted(set(self.boundaries), reverse=True):
             raise ValueError(f"boundaries must fall, given {list(self.boundaries)}")
         grid = step_grid(self.steps, self.shift)[:-1]
@@ -276,17 +270,14 @@ class Recipe(Section):
     def _fits_together(self) -> Self:
         if self.training.batch % self.placement.workers:
             raise ValueError(
-                f"training.batch={self.training.batch} does not divide over "
-                f"placement.workers={self.placement.workers}"
+                f"training.batch={self.training.batch} does not divide over placement.workers={self.placement.workers}"
             )
         phases = len(self.method.boundaries) + 1 if isinstance(self.method, Phased) else 1
         split = self.training.phase_split
         if split is not None and len(split) != phases:
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
         if self.training.cycles < phases:
-            raise ValueError(
-                f"training.cycles={self.training.cycles} leaves some of {phases} phases none"
-            )
+            raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
         return self
 
     @property
@@ -391,7 +382,5 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         ours, methods = tree["method"]["name"], _method_keys()
         if isinstance(ours, str) and ours in methods and key not in methods[ours]:
             owners = " and ".join(f"'{m}'" for m, keys in methods.items() if key in keys)
-            raise InputError(
-                f"key '{key}' belongs to method {owners}, this recipe's method is '{ours}'"
-            )
+            raise InputError(f"key '{key}' belongs to method {owners}, this recipe's method is '{ours}'")
     io.put(tree, key, value, whole=FREE)

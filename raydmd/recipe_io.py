@@ -86,9 +86,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be a word", problem_mark=key_node.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
             line = key_node.start_mark.line + 1
             if key_node.value in seen:
                 where = f"in lines {seen[key_node.value]} and {line}"
@@ -147,9 +145,7 @@ def split_override(text: str) -> tuple[str, str]:
     if not sign or not key:
         raise InputError(f"override {text!r} is not of the form key.subkey=value")
     if not value:
-        raise InputError(
-            f"override '{key}=' has no value; write null to unset, or \"''\" for an empty text"
-        )
+        raise InputError(f"override '{key}=' has no value; write null to unset, or \"''\" for an empty text")
     return key, value
 
 
@@ -165,9 +161,7 @@ def read_value(key: str, value: str, *, text: bool) -> Any:
     try:
         return read_yaml(value)
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(
-            f"override '{key}={value}': the value is no YAML: {_one_line(error)}"
-        ) from None
+        raise InputError(f"override '{key}={value}': the value is no YAML: {_one_line(error)}") from None
 
 
 def flatten(changes: Mapping[Any, Any], whole: Collection[str]) -> dict[str, Any]:

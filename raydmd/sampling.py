@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raydmd.guidance import Guidance
-from raydmd.models.base import Experts
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raydmd.guidance import Guidance
+    from raydmd.models.base import Experts
 
 
 @torch.no_grad()
 def sample(
-    experts: Experts, noise: Tensor, cond: Tensor, uncond: Tensor, *, grid: Sequence[float], guidance: Guidance
+    experts: Experts,
+    noise: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    *,
+    grid: Sequence[float],
+    guidance: Guidance,
 ) -> Tensor:
     """Walk from noise to a clean latent.
 
@@ -29,7 +39,7 @@ def sample(
         Clean latents, shape of ``noise``.
     """
     x = noise
-    for now, after in zip(grid, grid[1:], strict=False):
+    for now, after in itertools.pairwise(grid):
         t, s = (torch.full((len(x),), v, device=x.device) for v in (now, after))
         x = experts.process.step(x, experts.guided_x0(x, t, cond, uncond, guidance), t, s)
     return x

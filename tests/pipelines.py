@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def wan_pipeline(folder: Path, *, experts: int = 2, heads: int = 2, layers: int = 2, boundary: float = 0.875) -> Path:
@@ -18,10 +21,22 @@ def wan_pipeline(folder: Path, *, experts: int = 2, heads: int = 2, layers: int 
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=6
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=6,
     )
     encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, is_encoder_decoder=False)
+        UMT5Config(
+            vocab_size=8,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            is_encoder_decoder=False,
+        )
     )
     transformers = [
         WanTransformer3DModel(
@@ -41,7 +56,11 @@ def wan_pipeline(folder: Path, *, experts: int = 2, heads: int = 2, layers: int 
         for _ in range(experts)
     ]
     vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
     )
     WanPipeline(
         tokenizer=tokenizer,

@@ -1,1 +1,1 @@
-"""Metrics, sample grids and reports."""
+"""What a student is worth: judges, metrics, motion, and the report that shows them."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from raydmd.draws import Draws
-from raydmd.guidance import Guidance
-from raydmd.methods.phases import Phase
-from raydmd.methods.rollout import BackwardSimulation, Sample
-from raydmd.models.base import Experts
 from raydmd.objectives.fake import regression, subinterval_target, subinterval_weight
 from raydmd.objectives.matching import normalised_gradient, raw_gradient, surrogate
-from raydmd.process import Prediction, Process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raydmd.draws import Draws
+    from raydmd.guidance import Guidance
+    from raydmd.methods.phases import Phase
+    from raydmd.methods.rollout import BackwardSimulation, Sample
+    from raydmd.models.base import Experts
+    from raydmd.process import Prediction, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,12 @@ class Method:
         return loss, error, t
 
     def generator_loss(
-        self, fake: Experts, sample: Sample, cond: Tensor, queries: Sequence[Query], answers: Sequence[Tensor]
+        self,
+        fake: Experts,
+        sample: Sample,
+        cond: Tensor,
+        queries: Sequence[Query],
+        answers: Sequence[Tensor],
     ) -> Tensor:
         """The student's loss, from the teacher's answers to its own sample's queries."""
         gradient = torch.zeros_like(sample.x0)

@@ -5,15 +5,19 @@ Known before the run from grid, boundaries and the teacher's routing; no tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raydmd.draws import Draws
-from raydmd.models.base import Routing
 from raydmd.process import shift, unshift
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raydmd.draws import Draws
+    from raydmd.models.base import Routing
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,13 @@ class TimeRange:
     def draw(self, draws: Draws, purpose: str) -> tuple[Tensor, str]:
         """Times ``(B,)`` and the expert they belong to."""
         left = draws.shared(f"{purpose}.expert") * sum(high - low for _, low, high in self.parts)
-        for expert, low, high in self.parts:
-            left -= high - low
+        chosen = self.parts[-1]
+        for part in self.parts:
+            left -= part[2] - part[1]
             if left < 0:
+                chosen = part
                 break
+        expert, low, high = chosen
         # Off the edges by more than rounding, so that the batch routes to the expert it was drawn for.
         margin = 1e-4 * (high - low)
         u = low + margin + (high - low - 2 * margin) * draws.uniform(purpose)
@@ -98,9 +105,7 @@ class Phase:
 def split_grid(grid: Sequence[float], boundaries: Sequence[float]) -> list[range]:
     """Indices of the steps of each phase; a step at a boundary belongs to the noisier phase."""
     phase_of = [sum(t < b for b in boundaries) for t in grid[:-1]]
-    return [
-        range(phase_of.index(k), len(phase_of) - phase_of[::-1].index(k)) for k in range(len(boundaries) + 1)
-    ]
+    return [range(phase_of.index(k), len(phase_of) - phase_of[::-1].index(k)) for k in range(len(boundaries) + 1)]
 
 
 def _unshift(level: float, mu: float) -> float:

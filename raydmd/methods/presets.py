@@ -30,8 +30,10 @@ def source_expert(method: Phased | Dmd2, teacher: Routing, expert: str) -> str:
 
 def build_method(method: Phased | Dmd2, teacher: Routing, process: Process, prediction: Prediction) -> Method:
     """Put a method together for a teacher with the given experts."""
-    return _phased(method, teacher, process, prediction) if isinstance(method, Phased) else _dmd2(
-        method, teacher, process, prediction
+    return (
+        _phased(method, teacher, process, prediction)
+        if isinstance(method, Phased)
+        else _dmd2(method, teacher, process, prediction)
     )
 
 

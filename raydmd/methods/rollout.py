@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from raydmd.draws import Draws
-from raydmd.methods.phases import Phase
-from raydmd.models.base import Experts
-from raydmd.process import Process
+if TYPE_CHECKING:
+    from raydmd.draws import Draws
+    from raydmd.methods.phases import Phase
+    from raydmd.models.base import Experts
+    from raydmd.process import Process
 
 Solver = Literal["euler", "renoise"]
 
@@ -52,7 +53,14 @@ class BackwardSimulation:
     solver: Solver
 
     def __call__(
-        self, student: Experts, cond: Tensor, draws: Draws, phase: Phase, latent: tuple[int, ...], *, grad: bool
+        self,
+        student: Experts,
+        cond: Tensor,
+        draws: Draws,
+        phase: Phase,
+        latent: tuple[int, ...],
+        *,
+        grad: bool,
     ) -> Sample:
         """Make one sample per row of ``cond``; with ``grad``, differentiable in the exit step alone."""
         exit_step = phase.first + int(draws.shared("exit") * (phase.last - phase.first))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
 from raydmd.models.base import Conditions, Experts, Family
 from raydmd.models.places import locate
-from raydmd.recipe import Model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from raydmd.recipe import Model
 
 
 def load_family(settings: Model) -> Family:

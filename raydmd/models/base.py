@@ -7,16 +7,18 @@ the network. This module knows no diffusers class and no Ray.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from raydmd.guidance import Guidance
-from raydmd.process import Prediction, Process
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from raydmd.guidance import Guidance
+    from raydmd.process import Prediction, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Denoiser(ABC, nn.Module):
     """
 
     prediction: Prediction
-    network: nn.Module
+    network: Any
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -100,7 +102,13 @@ class Experts:
     A batch goes to one expert: all its times must route alike, so that every rank runs the same module.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], routing: Routing, process: Process, prediction: Prediction):
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        routing: Routing,
+        process: Process,
+        prediction: Prediction,
+    ):
         self.modules = dict(modules)
         self.routing = routing
         self.process = process
@@ -159,9 +167,7 @@ class Family(ABC):
         """Shape of one sample."""
 
     @abstractmethod
-    def denoiser(
-        self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32
-    ) -> Denoiser:
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Denoiser:
         """Load one expert's weights.
 
         Args:
@@ -191,12 +197,21 @@ class Family(ABC):
 
     @abstractmethod
     def export(
-        self, folder: Path, experts: Mapping[str, nn.Module], *, steps: int, shift: float, boundary: float | None
+        self,
+        folder: Path,
+        experts: Mapping[str, nn.Module],
+        *,
+        steps: int,
+        shift: float,
+        boundary: float | None,
     ) -> None:
         """Write the student as a stock diffusers pipeline with its few-step scheduler set."""
 
     @abstractmethod
     def export_lora(
-        self, folder: Path, layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
+        self,
+        folder: Path,
+        layers: Mapping[str, Mapping[str, Tensor]],
+        metadata: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Write adapters, one mapping per expert under peft's names, in diffusers' naming."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from raydmd.recipe import Model
+if TYPE_CHECKING:
+    from raydmd.recipe import Model
 
 ZOO = Path(__file__).parent.parent / "zoo" / "data"
 

@@ -10,21 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from raydmd import recipe as recipes
 from raydmd.errors import InputError
 from raydmd.models.base import Denoiser, Family, Routing, Shape
 from raydmd.process import RectifiedFlow, euler_scheduler_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from raydmd import recipe as recipes
 
 TRAIN_STEPS = 1000
 EXPERTS = ("transformer", "transformer_2")
@@ -57,9 +65,13 @@ class WanDenoiser(Denoiser):
         dtype = self.network.dtype if self._autocast == torch.float32 else self._autocast
         with torch.autocast(x_t.device.type, self._autocast, enabled=self._autocast != torch.float32):
             out = self.network(
-                hidden_states=x_t.to(dtype), timestep=time, encoder_hidden_states=cond.to(dtype), return_dict=False
+                hidden_states=x_t.to(dtype),
+                timestep=time,
+                encoder_hidden_states=cond.to(dtype),
+                return_dict=False,
             )[0]
-        return out.float()
+        result: Tensor = out.float()
+        return result
 
 
 class Wan(Family):
@@ -118,7 +130,12 @@ class Wan(Family):
                 f"model.frames={frames}, model.height={height}, model.width={width} do not fit {self.path!r}: frames "
                 f"must be 1 + a multiple of {temporal}, height of {spatial * ph}, width of {spatial * pw}"
             )
-        latent = (self._config["in_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
+        latent = (
+            self._config["in_channels"],
+            (frames - 1) // temporal + 1,
+            height // spatial,
+            width // spatial,
+        )
         return Shape(latent=latent, frames=frames, height=height, width=width)
 
     def routing(self) -> Routing:
@@ -150,9 +167,9 @@ class Wan(Family):
             return file
         pipeline = self._text_pipeline()
         rows = [
-            pipeline.encode_prompt(
-                texts[i : i + 64], do_classifier_free_guidance=False, max_sequence_length=length
-            )[0].float()
+            pipeline.encode_prompt(texts[i : i + 64], do_classifier_free_guidance=False, max_sequence_length=length)[
+                0
+            ].float()
             for i in range(0, len(texts), 64)
         ]
         cache.mkdir(parents=True, exist_ok=True)
@@ -165,7 +182,10 @@ class Wan(Family):
         """See :class:`~raydmd.models.base.Family`."""
         if self._settings.text_length:
             return self._settings.text_length
-        return min(512, AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision).model_max_length)
+        return min(
+            512,
+            AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision).model_max_length,
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -182,7 +202,13 @@ class Wan(Family):
         return (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
 
     def export(
-        self, folder: Path, experts: Mapping[str, nn.Module], *, steps: int, shift: float, boundary: float | None
+        self,
+        folder: Path,
+        experts: Mapping[str, nn.Module],
+        *,
+        steps: int,
+        shift: float,
+        boundary: float | None,
     ) -> None:
         """See :class:`~raydmd.models.base.Family`."""
         stretch, terminal = euler_scheduler_for(steps, shift, train_steps=TRAIN_STEPS)
@@ -196,12 +222,16 @@ class Wan(Family):
             ),
         )
         pipeline.register_to_config(
-            boundary_ratio=boundary, expand_timesteps=bool(self._index.get("expand_timesteps", False))
+            boundary_ratio=boundary,
+            expand_timesteps=bool(self._index.get("expand_timesteps", False)),
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
 
     def export_lora(
-        self, folder: Path, layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, Any]]
+        self,
+        folder: Path,
+        layers: Mapping[str, Mapping[str, Tensor]],
+        metadata: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """See :class:`~raydmd.models.base.Family`."""
         WanPipeline.save_lora_weights(

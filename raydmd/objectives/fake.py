@@ -15,9 +15,7 @@ from torch import Tensor
 from raydmd.process import Prediction, Process, over
 
 
-def subinterval_target(
-    process: Process, kind: Prediction, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor
-) -> Tensor:
+def subinterval_target(process: Process, kind: Prediction, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """What a fake score of the given kind regresses to at ``x_t = alpha_{t|s} x_s + sigma_{t|s} noise``.
 
     Args:

@@ -108,9 +108,7 @@ class _Bucket(Generic[T]):
 class Batcher(Generic[T]):
     """Groups requests into batches of at most ``max_items`` samples."""
 
-    def __init__(
-        self, *, max_items: int, max_wait: float, max_queue: int, exact: bool = False
-    ) -> None:
+    def __init__(self, *, max_items: int, max_wait: float, max_queue: int, exact: bool = False) -> None:
         """Make an empty batcher.
 
         Args:
@@ -125,8 +123,7 @@ class Batcher(Generic[T]):
         """
         if max_items < 1 or max_queue < 1 or max_wait < 0:
             raise ValueError(
-                f"batcher bounds: {max_items=} and {max_queue=} must be positive, "
-                f"{max_wait=} not negative"
+                f"batcher bounds: {max_items=} and {max_queue=} must be positive, {max_wait=} not negative"
             )
         self._max_items = max_items
         self._max_wait = max_wait
@@ -139,9 +136,7 @@ class Batcher(Generic[T]):
         """Requests waiting."""
         return self._queued
 
-    def offer(
-        self, key: Key, client: str, items: int, payload: T, now: float
-    ) -> Accepted | Refused:
+    def offer(self, key: Key, client: str, items: int, payload: T, now: float) -> Accepted | Refused:
         """Queue a request, or refuse it when the queue is full.
 
         Args:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from raydmd.models.base import Conditions, Experts
 
 
-def answer(
-    experts: Experts, conditions: Conditions, requests: Sequence[ScoreRequest]
-) -> list[Tensor]:
+def answer(experts: Experts, conditions: Conditions, requests: Sequence[ScoreRequest]) -> list[Tensor]:
     """Answer requests in one forward, conditional and unconditional together.
 
     Args:
@@ -77,11 +75,7 @@ def answer_each(
         return list(answer(experts, conditions, requests))
     except Exception as error:
         if len(requests) > 1:
-            return [
-                outcome
-                for request in requests
-                for outcome in answer_each(experts, conditions, [request], who=who)
-            ]
+            return [outcome for request in requests for outcome in answer_each(experts, conditions, [request], who=who)]
         if isinstance(error, RaydmdError):
             return [error]
         text = f"replica {who!r}, request {requests[0].name!r}: {type(error).__name__}: {error}"
@@ -159,15 +153,11 @@ class LocalTeacher(TeacherClient):
         )
 
 
-def _check(
-    experts: Experts, conditions: Conditions, request: ScoreRequest, first: ScoreRequest
-) -> None:
+def _check(experts: Experts, conditions: Conditions, request: ScoreRequest, first: ScoreRequest) -> None:
     say = f"request {request.name!r}: "
     size = request.x_t.shape[0]
     if request.expert not in experts.modules:
-        raise InputError(
-            f"{say}no expert {request.expert!r} here, there is {sorted(experts.modules)}"
-        )
+        raise InputError(f"{say}no expert {request.expert!r} here, there is {sorted(experts.modules)}")
     if size < 1 or request.t.shape != (size,) or len(request.conditions) != size:
         raise InputError(
             f"{say}{size} samples, times of shape {tuple(request.t.shape)} and "
@@ -179,8 +169,7 @@ def _check(
     routed = {experts.routing.expert(float(v)) for v in request.t}
     if routed != {request.expert}:
         raise InputError(
-            f"{say}asks expert {request.expert!r}, its times {request.t.tolist()} "
-            f"belong to {sorted(routed)}"
+            f"{say}asks expert {request.expert!r}, its times {request.t.tolist()} belong to {sorted(routed)}"
         )
     mates = (request.expert, request.x_t.shape[1:], request.guidance, request.x_t.dtype)
     if mates != (first.expert, first.x_t.shape[1:], first.guidance, first.x_t.dtype):

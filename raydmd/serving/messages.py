@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from raydmd.guidance import Guidance
+    from raydmd.guidance import Guidance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -123,9 +123,7 @@ class TeacherPool:
                 replicas=tuple(handles),
                 deterministic=deterministic,
                 request_timeout=request_timeout,
-                attempt_timeout=(
-                    request_timeout / 3 if attempt_timeout is None else attempt_timeout
-                ),
+                attempt_timeout=(request_timeout / 3 if attempt_timeout is None else attempt_timeout),
                 max_retries=max_retries,
             )
         )

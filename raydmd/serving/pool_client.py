@@ -88,9 +88,7 @@ class _Replica:
 class PoolPending(Pending):
     """A request under way in a pool."""
 
-    def __init__(
-        self, client: PoolClient, request: ScoreRequest, payload: Any, submitted: float
-    ) -> None:
+    def __init__(self, client: PoolClient, request: ScoreRequest, payload: Any, submitted: float) -> None:
         """Made by :meth:`PoolClient.submit`.
 
         Args:

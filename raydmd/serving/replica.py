@@ -133,15 +133,11 @@ class TeacherReplica:
         self._settings = settings
         self._clock = clock
         # One thread: a device runs one forward at a time, and the event loop stays free for pings.
-        self._executor = ThreadPoolExecutor(
-            1, thread_name_prefix="forward", initializer=self._prepare_thread
-        )
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=self._prepare_thread)
         self._experts = self._executor.submit(_load, build, settings.device).result()
         self._conditions = _read_conditions(conditions_file)
         if settings.sample_shape is not None:
-            self._executor.submit(
-                _warm_up, self._experts, self._conditions, settings.sample_shape
-            ).result()
+            self._executor.submit(_warm_up, self._experts, self._conditions, settings.sample_shape).result()
         self._batcher: Batcher[_Job] = Batcher(
             max_items=settings.batch_items,
             max_wait=settings.batch_wait,
@@ -234,9 +230,7 @@ class TeacherReplica:
         requests = [entry.payload.request for entry in batch]
         outcomes: list[Tensor | RaydmdError]
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._forward, requests
-            )
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._forward, requests)
         except Exception as error:  # nothing may end the pump, or every later request would hang
             text = f"replica {self._settings.name!r}: {type(error).__name__}: {error}"
             outcomes = [ReplicaFailed(text) for _ in batch]
@@ -255,9 +249,7 @@ class TeacherReplica:
             self._answered += 1
             self._clients[entry.client] += entry.items
             if not future.done():
-                reply = ScoreReply(
-                    x0=outcome, replica=self._settings.name, seconds=seconds, batch_items=items
-                )
+                reply = ScoreReply(x0=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
                 future.set_result(encode_reply(reply))
 
     def _forward(self, requests: list[ScoreRequest]) -> list[Tensor | RaydmdError]:
@@ -285,9 +277,7 @@ def _read_conditions(file: str) -> Conditions:
     except (OSError, SafetensorError) as error:
         raise InputError(f"conditions {file}: {error}") from None
     if embeds.ndim != 3 or not len(embeds):
-        raise InputError(
-            f"conditions {file}: embeds must be (N, L, D), given {tuple(embeds.shape)}"
-        )
+        raise InputError(f"conditions {file}: embeds must be (N, L, D), given {tuple(embeds.shape)}")
     return Conditions(embeds=embeds)
 
 

@@ -32,9 +32,7 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def choose(
-    candidates: Sequence[Candidate], *, request: str, client: str, deterministic: bool
-) -> str | None:
+def choose(candidates: Sequence[Candidate], *, request: str, client: str, deterministic: bool) -> str | None:
     """The replica for a request.
 
     Args:

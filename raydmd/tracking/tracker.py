@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from mlflow.entities import Metric, Param, RunTag
@@ -18,7 +17,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raydmd.errors import InputError
-from raydmd.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from raydmd.recipe import Recipe
 
 STEP = "cycle"
 
@@ -86,9 +89,7 @@ class Tracker:
             step = int(row[STEP])
             if step <= self._logged:
                 continue
-            metrics = [
-                Metric(_key(k), float(v), now, step) for k, v in row.items() if isinstance(v, int | float)
-            ]
+            metrics = [Metric(_key(k), float(v), now, step) for k, v in row.items() if isinstance(v, int | float)]
             self._client.log_batch(self.run_id, metrics=metrics)
             self._logged = step
 
@@ -118,7 +119,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             found += flatten(value, f"{prefix}{key}.")
         else:
-            found.append((f"{prefix}{key}", yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()))
+            found.append(
+                (
+                    f"{prefix}{key}",
+                    yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip(),
+                )
+            )
     return found
 
 

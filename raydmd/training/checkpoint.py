@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch import Tensor
 
 from raydmd import __version__
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROGRESS = "progress.json"
 
@@ -45,7 +49,7 @@ def name_of(cycle: int) -> str:
 
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, *, rank: int) -> None:
     """Write this rank's part into ``folder``. All ranks call it, each with a folder of its own."""
-    dcp.save(tensors, checkpoint_id=str(folder))  # type: ignore[no-untyped-call,unused-ignore]
+    dcp_save(tensors, checkpoint_id=str(folder))
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
 
@@ -57,4 +61,4 @@ def read_progress(folder: Path) -> Progress:
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill ``tensors`` in place, whatever world size wrote them."""
-    dcp.load(tensors, checkpoint_id=str(folder))  # type: ignore[no-untyped-call,unused-ignore]
+    dcp_load(tensors, checkpoint_id=str(folder))

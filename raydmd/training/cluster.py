@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from raydmd.errors import InputError
-from raydmd.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from raydmd.recipe import Recipe
 
 
 def connect(*, cpus: float) -> None:
@@ -28,7 +32,7 @@ def connect(*, cpus: float) -> None:
     # A committed checkpoint is one the controller has seen: look often, so that little is redone.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         options |= {"num_cpus": max(int(cpus), os.cpu_count() or 1), "include_dashboard": False}
     try:

@@ -7,20 +7,23 @@ generator's update uses its own sample's scores: nothing is stale.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raydmd.draws import Draws
-from raydmd.methods.method import Method, Query
-from raydmd.methods.phases import Phase
-from raydmd.serving.client import TeacherClient
 from raydmd.serving.messages import ScoreRequest
-from raydmd.training.roles import TrainedRole
-from raydmd.training.stream import Batch, Stream
+
+if TYPE_CHECKING:
+    from raydmd.methods.method import Method, Query
+    from raydmd.methods.phases import Phase
+    from raydmd.serving.client import TeacherClient
+    from raydmd.training.roles import TrainedRole
+    from raydmd.training.stream import Batch, Stream
 
 Agree = Callable[[Exception | None], None]
 """Raises on every rank if any rank brings an error; called at the same places by all."""
@@ -78,7 +81,8 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     Raises:
         NonFiniteError: from a loss, a gradient or the teacher, on all ranks alike.
     """
-    watch, metrics = Stopwatch(), {}
+    watch = Stopwatch()
+    metrics: dict[str, float] = {}
 
     batch = a.stream.batch(cycle, "student")
     sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=True)
@@ -117,7 +121,7 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
     loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase)
     norm = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
     metrics = {"fake/loss": float(loss.detach()), "fake/gradient": norm}
-    for low, high in zip(BANDS, BANDS[1:], strict=False):
+    for low, high in itertools.pairwise(BANDS):
         here = (t >= low) & (t < high)
         if here.any():
             metrics[f"fake/error_{low:g}_{min(high, 1):g}"] = float(error[here].mean())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,9 +11,13 @@ from safetensors.torch import load_file
 from raydmd import __version__
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts, Family
-from raydmd.recipe import Recipe
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
 from raydmd.training.worker import STUDENT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from raydmd.recipe import Recipe
 
 
 def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Denoiser]:
@@ -37,7 +40,12 @@ def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Deno
 
 def student_experts(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser]) -> Experts:
     """The student behind one door."""
-    return Experts(denoisers, student_routing(recipe.method, family.routing()), family.process, family.prediction)
+    return Experts(
+        denoisers,
+        student_routing(recipe.method, family.routing()),
+        family.process,
+        family.prediction,
+    )
 
 
 def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], folder: Path) -> list[Path]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -19,20 +19,28 @@ from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
 from raydmd.models import load_conditions, load_family, load_teacher
-from raydmd.models.base import Conditions, Experts, Family
 from raydmd.models.places import locate
 from raydmd.process import step_grid
-from raydmd.recipe import Recipe
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
 from raydmd.training.export import export, load_student, student_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raydmd.models.base import Conditions, Experts, Family
+    from raydmd.recipe import Recipe
 
 CONTACT = "contact.safetensors"
 """Noise and frames of the contact sheet's student rows, so that anyone can make them again."""
 
 
 def finish_run(
-    recipe: Recipe, checkpoint: str, prompts: list[str], facts: dict[str, str], trained_seconds: float
+    recipe: Recipe,
+    checkpoint: str,
+    prompts: list[str],
+    facts: dict[str, str],
+    trained_seconds: float,
 ) -> tuple[dict[str, float], list[str], str]:
     """Export and evaluate a finished run.
 
@@ -51,7 +59,10 @@ def finish_run(
     student = load_student(recipe, family, Path(checkpoint))
     written = export(recipe, family, student, folder)
     evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts)
-    facts = facts | {"training": f"{trained_seconds:.0f} s wall time, start included", "cycles": f"{recipe.training.cycles}"}
+    facts = facts | {
+        "training": f"{trained_seconds:.0f} s wall time, start included",
+        "cycles": f"{recipe.training.cycles}",
+    }
     report = write_report(
         folder,
         title=recipe.name,
@@ -96,12 +107,32 @@ def measure(
         ("teacher", f"teacher, {e.teacher_steps} guided steps", teacher, full, guided, 0),
         ("student", f"student, {m.steps} steps", student, few, plain, 0),
         ("undistilled", f"undistilled, {m.steps} steps, unguided", teacher, few, plain, 0),
-        ("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", teacher, half, guided, 0),
+        (
+            "undistilled_guided",
+            f"undistilled, {len(half) - 1} guided steps",
+            teacher,
+            half,
+            guided,
+            0,
+        ),
     ]
     if judge is not None:
         runs.insert(1, ("teacher_again", "teacher, other seeds", teacher, full, guided, 1))
     made = {
-        name: _samples(name, title, family, experts, conditions, rows, texts, grid, guidance, recipe, salt, device)
+        name: _samples(
+            name,
+            title,
+            family,
+            experts,
+            conditions,
+            rows,
+            texts,
+            grid,
+            guidance,
+            recipe,
+            salt,
+            device,
+        )
         for name, title, experts, grid, guidance, salt in runs
     }
     others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
@@ -156,9 +187,16 @@ def contact_rows(texts: Sequence[str], count: int) -> list[int]:
 
 def save_contact(recipe: Recipe, family: Family, student: Samples, rows: list[int]) -> None:
     """Write noise and frames of the student's rows beside the report."""
-    tensors = {"noise": evaluation_noise(recipe, family, rows), "frames": student.clips[rows].contiguous()}
+    tensors = {
+        "noise": evaluation_noise(recipe, family, rows),
+        "frames": student.clips[rows].contiguous(),
+    }
     prompts = json.dumps([student.prompts[i] for i in rows])
-    save_file(tensors, recipe.folder / CONTACT, metadata={"prompts": prompts, "text_length": str(family.text_length())})
+    save_file(
+        tensors,
+        recipe.folder / CONTACT,
+        metadata={"prompts": prompts, "text_length": str(family.text_length())},
+    )
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -6,20 +6,24 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ray.train import Checkpoint
 from ray.train import UserCallback as RayUserCallback
-from ray.train.v2.api.context import TrainContext
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raydmd.recipe import Recipe
-from raydmd.tracking.tracker import Tracker
 from raydmd.training.events import read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+    from raydmd.recipe import Recipe
+    from raydmd.tracking.tracker import Tracker
 
 
 class MetricsFile(RayUserCallback):
@@ -33,7 +37,10 @@ class MetricsFile(RayUserCallback):
         self._path = path
 
     def after_report(
-        self, run_context: TrainContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+        self,
+        run_context: TrainRunContext,
+        metrics: list[dict[str, Any]],
+        checkpoint: Checkpoint | None,
     ) -> None:
         """Write the mean over ranks of every number; counters are the same on all ranks or add up."""
         row = {k: _over_ranks(k, [float(m[k]) for m in metrics if k in m]) for k in metrics[0]}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from raydmd.recipe import Training
+if TYPE_CHECKING:
+    from raydmd.recipe import Training
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class CyclePlan:
     def of(cls, training: Training, phases: int) -> CyclePlan:
         """Cut ``training.cycles`` by ``training.phase_split``; every phase gets at least one cycle."""
         split = training.phase_split or (1.0,) * phases
-        ends, done = [], 0.0
+        ends: list[int] = []
+        done = 0.0
         for k, part in enumerate(split):
             done += part
             end = round(training.cycles * done / sum(split))

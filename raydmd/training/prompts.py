@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raydmd.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def read_prompts(path: Path | None) -> list[str]:

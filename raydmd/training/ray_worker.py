@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import ray.train
+import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
 from raydmd.errors import RaydmdError
 from raydmd.models import load_conditions, load_family, load_teacher
-from raydmd.recipe import Recipe
-from raydmd.serving.client import TeacherClient
 from raydmd.serving.local import LocalTeacher
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 from raydmd.training.events import EventLog
 from raydmd.training.session import Session
 from raydmd.training.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from raydmd.recipe import Recipe
+    from raydmd.serving.client import TeacherClient
 
 
 class RaySession(Session):
@@ -112,5 +116,3 @@ def teacher_client(c: WorkerConfig, job: Job, session: Session) -> TeacherClient
         return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
     return LocalTeacher(experts, job.conditions)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from raydmd import recipe as recipes
 from raydmd.errors import NonFiniteError
 from raydmd.models.base import Denoiser, Experts, Routing
-from raydmd.process import Prediction, Process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from raydmd import recipe as recipes
+    from raydmd.process import Prediction, Process
 
 ADAPTER = "student"
 
@@ -88,7 +92,10 @@ class TrainedRole:
             for expert in trained:
                 # One bucket: its reduction order, and so the last bit, does not depend on timing.
                 modules[expert] = DistributedDataParallel(
-                    experts[expert], broadcast_buffers=False, bucket_cap_mb=4096, gradient_as_bucket_view=True
+                    experts[expert],
+                    broadcast_buffers=False,
+                    bucket_cap_mb=4096,
+                    gradient_as_bucket_view=True,
                 )
         self.experts = Experts(modules, routing, process, prediction)
 
@@ -112,7 +119,7 @@ class TrainedRole:
         Raises:
             NonFiniteError: on every rank alike and before any parameter moves.
         """
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):

@@ -11,10 +11,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -25,16 +23,21 @@ import yaml
 from raydmd import __version__
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.models import load_family, load_teacher
-from raydmd.models.base import Experts
 from raydmd.models.places import locate
-from raydmd.recipe import Recipe
 from raydmd.serving.pool import TeacherPool
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, demands
-from raydmd.training.events import EventLog, read_lines
+from raydmd.training.events import read_lines
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import WorkerConfig, train_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from raydmd.models.base import Experts
+    from raydmd.recipe import Recipe
 
 FREE_KEYS = ("placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
@@ -73,7 +76,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         start = time.monotonic()
         connect(cpus=sum(row.get("CPU", 0.0) for row in demands(recipe).values()))
         try:
-            check_room(recipe, ray.cluster_resources())
+            check_room(recipe, dict(ray.cluster_resources()))  # type: ignore[no-untyped-call]
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (folder / "STOP").unlink(missing_ok=True)
             tracker = Tracker.open(recipe, versions())
@@ -175,7 +178,9 @@ def finish(
 
     p = recipe.placement
     task = ray.remote(finish_run).options(
-        num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=p.teacher_gpus or p.worker_gpus, max_retries=1
+        num_cpus=min(p.teacher_cpus, p.worker_cpus),
+        num_gpus=p.teacher_gpus or p.worker_gpus,
+        max_retries=1,
     )
     facts = {**versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     reference = task.remote(recipe, str(checkpoint), prompts, facts, time.monotonic() - started)
@@ -274,7 +279,12 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         root = Path(__file__).parent
         out = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
         found["git"] = out.stdout.strip()
     return found
@@ -303,4 +313,3 @@ def _root(error: BaseException) -> str:
     """The innermost error's own line, without a traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raydmd.draws import Draws, shuffled
-from raydmd.models.base import Conditions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from raydmd.models.base import Conditions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,19 +18,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from raydmd.errors import RaydmdError, RunFailed
-from raydmd.methods.method import Method
-from raydmd.methods.phases import Phase
 from raydmd.methods.presets import build_method, source_expert, student_routing
-from raydmd.models.base import Conditions, Denoiser, Family, Routing
-from raydmd.recipe import Recipe, Role
-from raydmd.serving.client import TeacherClient
 from raydmd.training import checkpoint
 from raydmd.training.cycle import Actors, train_cycle, update_fake
-from raydmd.training.events import EventLog
 from raydmd.training.plan import CyclePlan
 from raydmd.training.roles import TrainedRole, add_adapter
-from raydmd.training.session import Session
 from raydmd.training.stream import Stream
+
+if TYPE_CHECKING:
+    from raydmd.methods.method import Method
+    from raydmd.methods.phases import Phase
+    from raydmd.models.base import Conditions, Denoiser, Family, Routing
+    from raydmd.recipe import Recipe, Role
+    from raydmd.serving.client import TeacherClient
+    from raydmd.training.events import EventLog
+    from raydmd.training.session import Session
 
 STUDENT = "student"
 """Folder of a finished run's checkpoint that holds its student, one safetensors file per expert."""
@@ -65,14 +68,17 @@ class Worker:
     """
 
     def __init__(self, job: Job, teacher: TeacherClient, session: Session, events: EventLog) -> None:
-        self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
+        self.recipe, self.family, self.session, self.events = (
+            job.recipe,
+            job.family,
+            session,
+            events,
+        )
         self.teacher = teacher
         self._stop_at, self._stop_file = job.stop_at, job.stop_file
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
-        self.method: Method = build_method(
-            self.recipe.method, self.routing, job.family.process, job.family.prediction
-        )
+        self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
         updates = ["student", *(f"fake.{k}" for k in range(training.fake_updates))]
         self.stream, self._warmup_stream = (
@@ -85,7 +91,10 @@ class Worker:
                 world=session.world,
                 device=session.device,
             )
-            for salt, slots in ((0, updates), (1, [f"warmup.{k}" for k in range(training.fake_warmup)]))
+            for salt, slots in (
+                (0, updates),
+                (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
+            )
         )
         self.cycle = 0
         self.student: TrainedRole
@@ -288,5 +297,3 @@ def write_student(folder: Path, role: TrainedRole, *, rank: int) -> None:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(found, folder / f"{expert}.safetensors")
-
-

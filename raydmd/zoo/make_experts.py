@@ -72,7 +72,8 @@ def build_expert() -> WanTransformer3DModel:
 
 def encode_text(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Embeddings ``(B, L, D)``, zero past the prompt's end as WanPipeline makes them."""
-    return encoder(ids, mask).last_hidden_state * mask[..., None]
+    embeds: Tensor = encoder(ids, mask).last_hidden_state * mask[..., None]
+    return embeds
 
 
 def train_experts(
@@ -94,9 +95,7 @@ def train_experts(
     tokenizer = build_tokenizer()
     tokens = tokenizer([*prompts, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
     ids, mask = tokens.input_ids, tokens.attention_mask
-    parts = nn.ModuleDict(
-        {"text": build_text_encoder(len(tokenizer)), "high": build_expert(), "low": build_expert()}
-    )
+    parts = nn.ModuleDict({"text": build_text_encoder(len(tokenizer)), "high": build_expert(), "low": build_expert()})
     average = copy.deepcopy(parts).requires_grad_(False)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     split = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)
@@ -115,7 +114,7 @@ def train_experts(
         out = parts[name](x_t, t * 1000, cond, return_dict=False)[0]
         loss = F.mse_loss(out, noise - x0)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (step + 1) / (step + 20))
@@ -123,7 +122,13 @@ def train_experts(
             torch._foreach_lerp_(list(average.parameters()), list(parts.parameters()), 1 - decay)
         losses[name] = 0.98 * losses[name] + 0.02 * float(loss.detach())
         if step % 300 == 0:
-            print(f"experts step {step} {done:.0%} high {losses['high']:.4f} low {losses['low']:.4f}", flush=True)
+            print(
+                f"experts step {step} {done:.0%} high {losses['high']:.4f} low {losses['low']:.4f}",
+                flush=True,
+            )
         step += 1
-    print(f"experts done after {step} steps: high {losses['high']:.4f} low {losses['low']:.4f}", flush=True)
+    print(
+        f"experts done after {step} steps: high {losses['high']:.4f} low {losses['low']:.4f}",
+        flush=True,
+    )
     return average["high"], average["low"], average["text"], tokenizer

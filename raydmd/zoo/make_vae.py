@@ -63,7 +63,8 @@ def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int,
         p.requires_grad_(True)
     peak = 1e-3
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
-    start, step, recent = time.monotonic(), 0, []
+    start, step = time.monotonic(), 0
+    recent: list[float] = []
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - done) + 1e-5
@@ -79,12 +80,15 @@ def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int,
         if not decoder_only:
             loss = loss + 1e-4 * z.square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(params, 5.0)
         optimizer.step()
         recent = [*recent[-19:], float(F.mse_loss(out.detach(), clips))]
         if step % 20 == 0:
-            print(f"vae step {step} {done:.0%} psnr {_psnr(recent):.2f} dB, latent std {float(z.detach().std()):.2f}", flush=True)
+            print(
+                f"vae step {step} {done:.0%} psnr {_psnr(recent):.2f} dB, latent std {float(z.detach().std()):.2f}",
+                flush=True,
+            )
         step += 1
     return _psnr(recent)
 
@@ -92,7 +96,7 @@ def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int,
 @torch.no_grad()
 def fix_latent_statistics(vae: AutoencoderKLWan, world: World, *, seed: int) -> None:
     """Write each latent channel's mean and standard deviation into the VAE's config, as the pipeline expects."""
-    z = torch.cat(encode_clips(vae, world, count=512, seed=seed)[0].split(1))
+    z = encode_clips(vae, world, count=512, seed=seed)[0]
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
 
 
@@ -115,7 +119,8 @@ def encode_clips(vae: AutoencoderKLWan, world: World, *, count: int, seed: int) 
 
 def _edges(out: Tensor, clips: Tensor) -> Tensor:
     return sum(
-        ((out.diff(dim=d) - clips.diff(dim=d)).abs().mean() for d in (2, 3, 4)), start=out.new_zeros(())
+        ((out.diff(dim=d) - clips.diff(dim=d)).abs().mean() for d in (2, 3, 4)),
+        start=out.new_zeros(()),
     )
 
 

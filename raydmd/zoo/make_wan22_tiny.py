@@ -21,7 +21,13 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from raydmd.evaluation.judge import AttributeJudge, train_judge
 from raydmd.zoo.make_experts import BOUNDARY, SHIFT, train_experts
-from raydmd.zoo.make_vae import LATENT_NOISE, build_vae, encode_clips, fix_latent_statistics, train_vae
+from raydmd.zoo.make_vae import (
+    LATENT_NOISE,
+    build_vae,
+    encode_clips,
+    fix_latent_statistics,
+    train_vae,
+)
 from raydmd.zoo.world import FRAMES, SIZE, World, sample_captions
 
 TARGET = Path(__file__).parent / "data" / "wan22-tiny"
@@ -138,7 +144,13 @@ def write(
     judge.save(target / "judge.safetensors")
     prompts = [c.text for c in sample_captions(2048, seed=11)]
     (target / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    about = {"frames": FRAMES, "height": SIZE, "width": SIZE, "prompts": "prompts.txt", "judge": "judge.safetensors"}
+    about = {
+        "frames": FRAMES,
+        "height": SIZE,
+        "width": SIZE,
+        "prompts": "prompts.txt",
+        "judge": "judge.safetensors",
+    }
     (target / "raydmd.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

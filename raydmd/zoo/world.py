@@ -13,14 +13,17 @@ from __future__ import annotations
 import gzip
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 ITEMS = ("shirt", "trouser", "dress", "coat", "sandal", "sneaker", "bag", "boot")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -39,8 +42,22 @@ LEVEL = 0.8
 KEEP = 0.7
 PIXELS_PER_FRAME = {"slowly": 0.7, "fast": 1.8}
 
-_FASHION_LABEL = {"shirt": 0, "trouser": 1, "dress": 3, "coat": 4, "sandal": 5, "sneaker": 7, "bag": 8, "boot": 9}
-_RGB = {"red": (1.0, 0.15, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.85, 0.1)}
+_FASHION_LABEL = {
+    "shirt": 0,
+    "trouser": 1,
+    "dress": 3,
+    "coat": 4,
+    "sandal": 5,
+    "sneaker": 7,
+    "bag": 8,
+    "boot": 9,
+}
+_RGB = {
+    "red": (1.0, 0.15, 0.1),
+    "green": (0.1, 0.9, 0.2),
+    "blue": (0.2, 0.35, 1.0),
+    "yellow": (1.0, 0.85, 0.1),
+}
 _STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -133,8 +150,7 @@ class World:
             )
         pixels, targets = _read_idx(images), _read_idx(labels)
         self._items = {
-            name: torch.from_numpy(pixels[targets == label]).float().div(255)
-            for name, label in _FASHION_LABEL.items()
+            name: torch.from_numpy(pixels[targets == label]).float().div(255) for name, label in _FASHION_LABEL.items()
         }
 
     def clips(self, captions: Sequence[Caption], *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -191,6 +207,7 @@ class World:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    raw = gzip.open(path).read()
+    with gzip.open(path) as file:
+        raw = file.read()
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)

@@ -102,9 +102,7 @@ def kill(pid: int) -> None:
     process.wait(20)
 
 
-def test_a_pool_equals_a_local_teacher_bit_for_bit(
-    client: PoolClient, pool: TeacherPool, folder: Path
-) -> None:
+def test_a_pool_equals_a_local_teacher_bit_for_bit(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
     requests = [helpers.ask(i, i % 3 + 1, expert=("high", "low")[i % 2]) for i in range(12)]
     pending = [client.submit(r) for r in requests]
     replies = [p.result() for p in pending]
@@ -167,9 +165,7 @@ def test_a_replica_killed_while_idle(client: PoolClient, pool: TeacherPool, fold
     assert after["teacher/1"] == before["teacher/1"]
 
 
-def test_a_replica_killed_while_serving(
-    client: PoolClient, pool: TeacherPool, folder: Path
-) -> None:
+def test_a_replica_killed_while_serving(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
     before = pids(pool)
     request = helpers.ask(200)
     right = expected(folder, request)
@@ -201,9 +197,7 @@ def _until_busy(pool: TeacherPool, name: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_hung_replica_is_answered_for_by_the_other(
-    client: PoolClient, pool: TeacherPool, folder: Path
-) -> None:
+def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
     before = pids(pool)
     request = helpers.ask(300)
     right = expected(folder, request)
@@ -218,9 +212,7 @@ def test_a_hung_replica_is_answered_for_by_the_other(
     assert 3.0 < pending.waited < 20.0
     assert client.health()[victim] == "suspect"
     # Later requests avoid it; it is alive all the while.
-    assert {client.submit(helpers.ask(310 + i)).result().replica for i in range(6)} == {
-        reply.replica
-    }
+    assert {client.submit(helpers.ask(310 + i)).result().replica for i in range(6)} == {reply.replica}
     assert pids(pool) == before
 
 
@@ -255,9 +247,7 @@ def test_no_replica_left_is_said_within_the_deadline(tmp_path: Path) -> None:
 
 def test_a_teacher_that_cannot_load_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    with pytest.raises(
-        PoolError, match=r"'teacher/0' could not load: .*InputError: the weights"
-    ) as e:
+    with pytest.raises(PoolError, match=r"'teacher/0' could not load: .*InputError: the weights") as e:
         start(tmp_path, teachers=1)
     assert "\x1b" not in str(e.value)
 

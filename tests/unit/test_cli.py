@@ -48,18 +48,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, int | None]]:
     return seen
 
 
-def _training(
-    monkeypatch: pytest.MonkeyPatch, act: Callable[[Recipe, int | None], int | None]
-) -> None:
+def _training(monkeypatch: pytest.MonkeyPatch, act: Callable[[Recipe, int | None], int | None]) -> None:
     module = types.ModuleType("raydmd.training.run")
     module.__dict__["run"] = lambda recipe, *, max_cycles=None: act(recipe, max_cycles)
     monkeypatch.setitem(sys.modules, "raydmd.training.run", module)
 
 
 def test_a_process_prints_the_version() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "raydmd", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "raydmd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"raydmd {raydmd.__version__}\n"
     assert done.stderr == ""
 
@@ -79,9 +75,7 @@ def test_recipe_prints_what_it_resolves(call: Callable[..., tuple[int, str, str]
         ["training.student.rate=1e-5"],
     ],
 )
-def test_three_ways_to_give_a_key(
-    words: list[str], call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_three_ways_to_give_a_key(words: list[str], call: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = call(script, "--dry-run", *words, "--seed", "3")
     assert (code, err) == (0, "")
     tree = yaml.safe_load(out)
@@ -100,16 +94,12 @@ def test_three_ways_to_give_a_key(
         (["--model", "org/model", "--name", "mine"], "mine"),
     ],
 )
-def test_the_model_picks_the_parent(
-    words: list[str], name: str, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_the_model_picks_the_parent(words: list[str], name: str, call: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = call(script, "--dry-run", *words)
     assert (code, yaml.safe_load(out)["name"]) == (0, name)
 
 
-def test_a_recipe_file_picks_the_parent_too(
-    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_recipe_file_picks_the_parent_too(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model: {path: org/model}\nseed: 9\n")
     _, out, _ = call(script, "--dry-run", "--recipe", str(file), "--seed", "8")
@@ -117,9 +107,7 @@ def test_a_recipe_file_picks_the_parent_too(
     assert (tree["name"], tree["model"]["path"], tree["seed"]) == ("paper", "org/model", 8)
 
 
-def test_flags_reach_the_run(
-    runs: list[tuple[Recipe, int | None]], call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_flags_reach_the_run(runs: list[tuple[Recipe, int | None]], call: Callable[..., tuple[int, str, str]]) -> None:
     flags = "--prompts p.txt --name n --output o --workers 2 --teachers 3 --seed 4 --deterministic"
     code, out, err = call(script, *flags.split(), "--max-cycles", "5")
     assert (code, out, err) == (0, "", "")
@@ -176,9 +164,7 @@ def test_bad_input_is_one_message(
 
 
 @pytest.mark.parametrize("words", [["--workers", "two"], ["--workers"], ["--max-cycles", "0"]])
-def test_a_flag_of_the_wrong_kind(
-    words: list[str], call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_flag_of_the_wrong_kind(words: list[str], call: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = call(script, *words)
     assert code == 2
     assert words[0] in err
@@ -216,9 +202,7 @@ def test_faults_become_exit_codes(
     assert "Traceback" not in err
 
 
-def test_the_runs_own_exit_code(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_the_runs_own_exit_code(monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]) -> None:
     _training(monkeypatch, lambda recipe, max_cycles: 3)
     assert call(script)[0] == 3
 

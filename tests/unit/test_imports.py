@@ -96,9 +96,7 @@ def test_nothing_imports_upward(file: Path) -> None:
 
 def test_an_upward_import_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "low.py"
-    file.write_text(
-        "def f():\n    from raydmd import recipe\n    import raydmd.cli\n    import ray.data\n"
-    )
+    file.write_text("def f():\n    from raydmd import recipe\n    import raydmd.cli\n    import ray.data\n")
     assert rooms_of(imports(file)) == {"recipe", "cli"}
     assert "ray.data" in imports(file)
 

@@ -97,9 +97,9 @@ def test_the_weight_is_equation_13s():
     torch.testing.assert_close(subinterval_weight(p, s, t, cap=10.0), (1 / variance).clamp(max=10) * variance)
 
 
-@pytest.mark.parametrize("p", [RectifiedFlow(), VariancePreserving()])
+@pytest.mark.parametrize(("p", "low", "high"), [(RectifiedFlow(), 0.5, 0.7), (VariancePreserving(), 0.2, 0.3)])
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "x0"])
-def test_the_regression_from_a_subinterval_finds_the_full_score(p, kind):
+def test_the_regression_from_a_subinterval_finds_the_full_score(p, low, high, kind):
     """On x0 ~ N(m, d^2) the best linear predictor from the target equals the analytic full-interval one.
 
     The posterior mean of a Gaussian is linear in x_t, so least squares on samples must find its two
@@ -107,7 +107,7 @@ def test_the_regression_from_a_subinterval_finds_the_full_score(p, kind):
     """
     m, d, n = 0.5, 0.8, 400_000
     g = torch.Generator().manual_seed(4)
-    t, s = torch.full((n,), 0.7, dtype=F64), torch.full((n,), 0.5, dtype=F64)
+    t, s = torch.full((n,), high, dtype=F64), torch.full((n,), low, dtype=F64)
     x0 = m + d * torch.randn(n, 1, generator=g, dtype=F64)
     x_s = p.add_noise(x0, torch.randn(n, 1, generator=g, dtype=F64), s)
     noise = torch.randn(n, 1, generator=g, dtype=F64)

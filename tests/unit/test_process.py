@@ -6,7 +6,16 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from raydmd.process import EDM, Process, RectifiedFlow, VariancePreserving, euler_scheduler_for, shift, step_grid, unshift
+from raydmd.process import (
+    EDM,
+    Process,
+    RectifiedFlow,
+    VariancePreserving,
+    euler_scheduler_for,
+    shift,
+    step_grid,
+    unshift,
+)
 
 pytestmark = pytest.mark.unit
 PROCESSES: list[Process] = [RectifiedFlow(), VariancePreserving(), EDM()]
@@ -15,7 +24,9 @@ T = torch.tensor([0.05, 0.3, 0.6, 0.95], dtype=torch.float64)
 
 def _data() -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 2, generator=g, dtype=torch.float64), torch.randn(4, 3, 2, generator=g, dtype=torch.float64)
+    return torch.randn(4, 3, 2, generator=g, dtype=torch.float64), torch.randn(
+        4, 3, 2, generator=g, dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
@@ -71,7 +82,10 @@ def test_the_papers_grids():
     assert [round(1000 * t) for t in step_grid(4, 3.0)] == [1000, 900, 750, 500, 0]
 
 
-@pytest.mark.parametrize(("steps", "mu"), [(1, 1.0), (1, 5.0), (2, 5.0), (3, 2.5), (4, 1.0), (4, 3.0), (4, 5.0), (8, 7.0)])
+@pytest.mark.parametrize(
+    ("steps", "mu"),
+    [(1, 1.0), (1, 5.0), (2, 5.0), (3, 2.5), (4, 1.0), (4, 3.0), (4, 5.0), (8, 7.0)],
+)
 def test_the_stock_scheduler_walks_the_students_grid(steps, mu):
     stretch, terminal = euler_scheduler_for(steps, mu)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=stretch, shift_terminal=terminal)

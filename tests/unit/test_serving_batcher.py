@@ -8,9 +8,7 @@ HIGH = Key("high", (4, 2), 4.0)
 LOW = Key("low", (4, 2), 4.0)
 
 
-def batcher(
-    *, max_items: int = 4, max_wait: float = 1.0, max_queue: int = 100, exact: bool = False
-) -> Batcher[str]:
+def batcher(*, max_items: int = 4, max_wait: float = 1.0, max_queue: int = 100, exact: bool = False) -> Batcher[str]:
     return Batcher(max_items=max_items, max_wait=max_wait, max_queue=max_queue, exact=exact)
 
 
@@ -43,9 +41,7 @@ def test_a_full_batch_goes_at_once() -> None:
     assert payloads(b, 100.0) == ["a5"]
 
 
-@pytest.mark.parametrize(
-    "other", [LOW, Key("high", (4, 3), 4.0), Key("high", (4, 2), 1.0)], ids=str
-)
+@pytest.mark.parametrize("other", [LOW, Key("high", (4, 3), 4.0), Key("high", (4, 2), 1.0)], ids=str)
 def test_different_keys_never_share_a_batch(other: Key) -> None:
     b = batcher(max_wait=0.0)
     b.offer(HIGH, "a", 1, "high", now=0.0)

@@ -42,9 +42,7 @@ class Gated(Denoiser):
         return torch.where(x_t == 99, torch.nan, out)
 
 
-def make(
-    tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic: bool = False
-) -> TeacherReplica:
+def make(tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic: bool = False) -> TeacherReplica:
     file = tmp_path / "conditions.safetensors"
     save_file({"embeds": torch.arange(12.0).view(3, 2, 2)}, file)
     settings = ReplicaSettings(

@@ -1,0 +1,209 @@
+"""Networks that look at clips: features for distances, predictions of the zoo's attributes."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raydmd.errors import InputError, NonFiniteError
+from raydmd.zoo.world import ATTRIBUTES, FRAMES, SIZE
+
+Render = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""Batch size and generator to clips ``(B, F, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)``."""
+
+BATCH = 64
+PEAK_RATE = 2e-3
+_CHUNK = 128
+_WARM = 0.25
+"""Share of the time in which the rate rises."""
+
+
+class Judge(ABC):
+    """What metrics need of a network that has seen real clips."""
+
+    @abstractmethod
+    def features(self, clips: Tensor) -> Tensor:
+        """Features in which distances mean something.
+
+        Args:
+            clips: ``(N, F, 3, H, W)`` in [0, 1].
+
+        Returns:
+            ``(N, D)``, float.
+        """
+
+    @abstractmethod
+    def predict(self, clips: Tensor) -> dict[str, Tensor]:
+        """The value of every attribute of the zoo's world.
+
+        Args:
+            clips: ``(N, F, 3, H, W)`` in [0, 1].
+
+        Returns:
+            For each name of ``world.ATTRIBUTES`` the values' indices, ``(N,)``, int64.
+        """
+
+
+class AttributeJudge(nn.Module, Judge):
+    """A small 3-D conv net that names item, colour, direction and speed of a clip.
+
+    It takes clips of 9 frames of 32x32 pixels. Time and space stay resolved (3x4x4) until one linear
+    layer, because where an item is when is what tells direction and speed.
+
+    Args:
+        width: channels of the last convolutions; the first has half of them.
+        size: features of the penultimate layer.
+    """
+
+    def __init__(self, width: int = 48, size: int = 64) -> None:
+        """Build the untrained net."""
+        super().__init__()
+        self.body = nn.Sequential(
+            _block(3, width // 2, (1, 2, 2)),
+            _block(width // 2, width, (2, 2, 2)),
+            _block(width, width, (2, 2, 2)),
+            nn.Flatten(),
+        )
+        self.penultimate = nn.Linear(width * 3 * 4 * 4, size)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(size, len(values)) for name, values in ATTRIBUTES.items()}
+        )
+
+    def embed(self, clips: Tensor) -> Tensor:
+        """Penultimate features with gradient, ``(N, size)``, of clips ``(N, 9, 3, 32, 32)``.
+
+        Raises:
+            InputError: if the clips have another shape.
+        """
+        if clips.ndim != 5 or clips.shape[1:] != (FRAMES, 3, SIZE, SIZE):
+            raise InputError(
+                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), "
+                f"given {tuple(clips.shape)}"
+            )
+        centred = clips.transpose(1, 2) * 2 - 1
+        return F.silu(self.penultimate(self.body(centred)))
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        """Logits per attribute, ``(N, values)``, of clips ``(N, 9, 3, 32, 32)`` in [0, 1]."""
+        return self._classify(self.embed(clips))
+
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Tensor:
+        """Penultimate features, ``(N, 64)``; see :meth:`Judge.features`."""
+        return torch.cat([self.embed(part.float()) for part in clips.split(_CHUNK)])
+
+    @torch.no_grad()
+    def predict(self, clips: Tensor) -> dict[str, Tensor]:
+        """Most likely values; see :meth:`Judge.predict`."""
+        logits = self._classify(self.features(clips))
+        return {name: values.argmax(1) for name, values in logits.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> AttributeJudge:
+        """Read what :meth:`save` wrote; in evaluation mode, on the CPU.
+
+        Raises:
+            InputError: if the file is missing or holds no judge of this shape.
+        """
+        judge = cls()
+        try:
+            judge.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"no attribute judge can be read from {path}: {error}") from None
+        return judge.eval()
+
+    def _classify(self, features: Tensor) -> dict[str, Tensor]:
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def train_judge(
+    render: Render,
+    *,
+    minutes: float,
+    seed: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> AttributeJudge:
+    """Train a judge for a given time on endless rendered clips.
+
+    AdamW with one rate cycle over the time, not over steps, so the result depends on the machine's
+    speed. Clips are blurred and noised at random, for a VAE's softness must not look like a fault.
+
+    Args:
+        render: makes clips ``(B, 9, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)`` in the order of
+            ``world.ATTRIBUTES``.
+        minutes: how long; at least one step is taken.
+        seed: of the initial weights, the clips and the augmentation.
+        clock: seconds that pass; tests give their own.
+
+    Returns:
+        The judge in evaluation mode.
+
+    Raises:
+        InputError: if ``minutes`` is not positive.
+        NonFiniteError: if the loss is not finite.
+    """
+    if not minutes > 0:
+        raise InputError(f"minutes must be positive, given {minutes}")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = AttributeJudge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.01)
+    start, done, step = clock(), 0.0, 0
+    while done < 1 or step == 0:
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * _one_cycle(done)
+        clips, labels = render(BATCH, generator)
+        logits = judge(_soften(clips, generator))
+        losses = [
+            F.cross_entropy(logits[name], labels[:, column])
+            for column, name in enumerate(ATTRIBUTES)
+        ]
+        loss = torch.stack(losses).sum()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the judge's loss is not finite at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+        optimizer.step()
+        step += 1
+        done = (clock() - start) / (60 * minutes)
+    return judge.eval()
+
+
+def _block(inputs: int, outputs: int, stride: tuple[int, int, int]) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
+    )
+
+
+def _one_cycle(done: float) -> float:
+    """Rate relative to its peak, by the share of the time that is done: up and down by cosines."""
+    if done < _WARM:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM)) / 2
+    return (1 + math.cos(math.pi * min(1.0, (done - _WARM) / (1 - _WARM)))) / 2
+
+
+def _soften(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """Each clip blurred by 3x3 and noised by up to 0.06, both by an amount of its own."""
+    batch, flat = clips.shape[0], clips.flatten(0, 1)
+    blurred = F.avg_pool2d(flat, 3, stride=1, padding=1).view_as(clips)
+    amount = torch.rand(2, batch, 1, 1, 1, 1, generator=generator)
+    mixed = torch.lerp(clips, blurred, amount[0])
+    noise = torch.randn(clips.shape, generator=generator)
+    return (mixed + 0.06 * amount[1] * noise).clamp(0, 1)

@@ -1,0 +1,185 @@
+"""Figures of merit: pure functions of features, predictions, prompts and pixels.
+
+What a caption of the zoo's world leaves open is uniform in truth (``world``), so coverage is measured
+against a known distribution. Groups are small, and so finite: even uniform draws miss modes in a
+group of 8. Read coverage beside the teacher's own and beside ``missing_by_chance``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from raydmd.errors import InputError
+from raydmd.evaluation.samples import groups
+from raydmd.zoo.world import ATTRIBUTES, is_caption, parse
+
+Table = dict[str, dict[str, float]]
+"""Attribute, or ``mean`` over those that were left open, to figures by name."""
+
+SMALLEST_GROUP = 4
+"""Clips a prompt needs for its own coverage to count."""
+
+
+class _Identity(nn.Module):
+    """Hands features through where torchmetrics expects a network."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet(features_a: Tensor, features_b: Tensor) -> float:
+    """Frechet distance of two sets of features, each taken as a Gaussian (arXiv:1706.08500, eq. 6).
+
+    Args:
+        features_a: ``(N, D)``.
+        features_b: ``(M, D)``.
+
+    Returns:
+        The squared distance, in squared units of the features, never below 0.
+
+    Raises:
+        InputError: if shapes differ or a set has fewer than 2 rows.
+    """
+    if features_a.ndim != 2 or features_a.shape[1:] != features_b.shape[1:]:
+        raise InputError(
+            "features must be (N, D) and (M, D), "
+            f"given {tuple(features_a.shape)} and {tuple(features_b.shape)}"
+        )
+    if min(len(features_a), len(features_b)) < 2:
+        raise InputError("a Frechet distance needs at least 2 samples on either side")
+    metric = FrechetInceptionDistance(feature=_Identity(features_a.shape[1]))
+    metric.update(features_a.double(), real=True)
+    metric.update(features_b.double(), real=False)
+    return max(0.0, float(metric.compute()))
+
+
+def attribute_accuracy(
+    prompts: Sequence[str], predictions: Mapping[str, Tensor]
+) -> dict[str, float | None]:
+    """How often the stated attributes are there.
+
+    Args:
+        prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
+        predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+
+    Returns:
+        Per attribute the share of right clips among those whose prompt states it, and ``joint``, the
+        share of clips with all stated attributes right among those that state any. ``None`` where
+        nothing was stated.
+    """
+    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "joint")}
+    for index, prompt in enumerate(prompts):
+        if not is_caption(prompt):
+            continue
+        hits = {
+            name: int(predictions[name][index]) == ATTRIBUTES[name].index(value)
+            for name, value in parse(prompt).stated.items()
+        }
+        for name, hit in hits.items():
+            right[name].append(hit)
+        if hits:
+            right["joint"].append(all(hits.values()))
+    return {name: fmean(hits) if hits else None for name, hits in right.items()}
+
+
+def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, Table]:
+    """How what prompts leave open is spread, against the uniform truth.
+
+    Args:
+        prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
+        predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+
+    Returns:
+        ``grouped``: averages over groups of at least 4 clips with one prompt; ``pooled``: over all
+        clips that leave the attribute open. Each maps attributes, and ``mean``, to
+
+        - ``entropy``: of the histogram over the log of the number of values; 1 is uniform;
+        - ``distance``: total variation to uniform; 0 is uniform;
+        - ``missing``: share of values that never occur;
+        - ``missing_by_chance``: what ``missing`` is on average for uniform draws of that size.
+
+        Attributes that no prompt leaves open are absent.
+    """
+    known = [i for i, prompt in enumerate(prompts) if is_caption(prompt)]
+    texts = [prompts[i] for i in known]
+    together = [[known[i] for i in group] for group in groups(texts, least=SMALLEST_GROUP)]
+    grouped: Table = {}
+    pooled: Table = {}
+    for name, values in ATTRIBUTES.items():
+        found = predictions[name]
+        spreads = [
+            _spread(found[group], len(values))
+            for group in together
+            if name in parse(prompts[group[0]]).open
+        ]
+        if spreads:
+            grouped[name] = _mean(spreads)
+        left_open = [i for i in known if name in parse(prompts[i]).open]
+        if left_open:
+            pooled[name] = _spread(found[left_open], len(values))
+    for table in (grouped, pooled):
+        if table:
+            table["mean"] = _mean(list(table.values()))
+    return {"grouped": grouped, "pooled": pooled}
+
+
+def pairwise_diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
+    """How clips of one prompt differ: 1 - mean pairwise cosine, averaged over prompts (DP-DMD).
+
+    It is fooled by residual noise; read it beside accuracy and the Frechet distance.
+
+    Args:
+        features: ``(N, D)``.
+        prompts: ``N`` prompts.
+
+    Returns:
+        A figure in [0, 2], 0 for identical clips; ``None`` if no prompt occurs twice.
+    """
+    unit = F.normalize(features.double(), dim=1)
+    spreads = []
+    for group in groups(prompts, least=2):
+        cosines = unit[group] @ unit[group].T
+        count = len(group)
+        mean = (float(cosines.sum()) - float(cosines.trace())) / (count * (count - 1))
+        spreads.append(max(0.0, 1 - mean))
+    return fmean(spreads) if spreads else None
+
+
+def brightness(clips: Tensor) -> float:
+    """Mean pixel value of clips ``(N, F, 3, H, W)`` in [0, 1]."""
+    return float(clips.mean(dtype=torch.float64))
+
+
+def saturation(clips: Tensor) -> float:
+    """Mean chroma, largest minus smallest channel, of clips ``(N, F, 3, H, W)`` in [0, 1].
+
+    HSV's saturation divides by the value and is undefined on a black background; this one is not.
+    """
+    return float((clips.amax(2) - clips.amin(2)).mean(dtype=torch.float64))
+
+
+def _spread(indices: Tensor, modes: int) -> dict[str, float]:
+    counts = torch.bincount(indices.long().cpu(), minlength=modes).double()
+    share = counts / counts.sum()
+    entropy = float(torch.special.entr(share).sum()) / math.log(modes)
+    return {
+        "entropy": entropy,
+        "distance": float((share - 1 / modes).abs().sum()) / 2,
+        "missing": float((counts == 0).double().mean()),
+        "missing_by_chance": (1 - 1 / modes) ** len(indices),
+    }
+
+
+def _mean(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(f[name] for f in figures) for name in figures[0]}

@@ -1,0 +1,118 @@
+"""The loop's pure parts: cycle plan, sample stream, prompt files, cluster check, resumption check, progress line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raydmd.errors import InputError
+from raydmd.models.base import Conditions
+from raydmd.recipe import Placement, Recipe, Training, derive
+from raydmd.training.cluster import check_room
+from raydmd.training.plan import CyclePlan
+from raydmd.training.prompts import read_prompts
+from raydmd.training.stream import Stream
+
+pytestmark = pytest.mark.unit
+
+
+def test_cycles_are_cut_into_phases():
+    plan = CyclePlan.of(Training(cycles=10), 2)
+    assert plan.ends == (5, 10)
+    assert [plan.phase(c) for c in (0, 4, 5, 9)] == [0, 0, 1, 1]
+    assert CyclePlan.of(Training(cycles=10, phase_split=(3, 1)), 2).ends == (8, 10)
+    assert CyclePlan.of(Training(cycles=3, phase_split=(1000, 1, 1)), 3).ends == (1, 2, 3)
+
+
+def test_rates_rise_stay_and_fall_in_every_phase():
+    plan = CyclePlan.of(Training(cycles=20, warmup=2, decay=0.5), 2)
+    rates = [plan.rate(c) for c in range(20)]
+    assert rates[:10] == rates[10:]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[5] == 1.0
+    assert rates[9] == pytest.approx(0.2)
+
+
+def _stream(rank: int, world: int) -> Stream:
+    table = Conditions(embeds=torch.arange(6.0).view(6, 1, 1))
+    slots = {"student": 0, "fake.0": 1}
+    return Stream(table, seed=1, batch=4, slots=slots, rank=rank, world=world, device=torch.device("cpu"))
+
+
+def test_any_world_size_sees_the_same_samples():
+    whole = _stream(0, 1).batch(3, "fake.0")
+    parts = [_stream(r, 2).batch(3, "fake.0") for r in range(2)]
+    assert whole.conditions == parts[0].conditions + parts[1].conditions
+    noise = torch.cat([p.draws.normal("noise", (2,)) for p in parts])
+    assert torch.equal(whole.draws.normal("noise", (2,)), noise)
+
+
+def test_every_prompt_comes_once_an_epoch_and_the_negative_never():
+    stream = _stream(0, 1)
+    rows = [r for c in range(5) for slot in ("student", "fake.0") for r in stream.batch(c, slot).conditions]
+    assert 0 not in rows
+    for epoch in range(8):
+        assert sorted(rows[5 * epoch : 5 * epoch + 5]) == [1, 2, 3, 4, 5]
+    assert len(set(stream.batch(0, "student").draws.positions) & set(stream.batch(0, "fake.0").draws.positions)) == 0
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("a cat\r\n\n  ein Hund über\n".encode())
+    assert read_prompts(file) == ["a cat", "ein Hund über"]
+    for content, message in (
+        (b"", "holds no prompts"),
+        (b"\n \n", "holds no prompts"),
+        (b"fine\nbad \xff\xfe\n", r"line 2 \(byte 5: 0xff\)"),
+        (b"nul\x00here\n", "line 1"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_prompts(file)
+    with pytest.raises(InputError, match="No such file"):
+        read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(InputError, match="directory"):
+        read_prompts(tmp_path)
+    with pytest.raises(InputError, match="--prompts"):
+        read_prompts(None)
+
+
+def test_a_cluster_without_room_is_refused_with_the_table():
+    recipe = Recipe(training=Training(batch=64), placement=Placement(workers=4, worker_cpus=1, teachers=2))
+    check_room(recipe, {"CPU": 5.0})
+    with pytest.raises(InputError, match=r"(?s)too little CPU.*4 x worker.*4.*2 x teacher.*1.*there is +3"):
+        check_room(recipe, {"CPU": 3.0})
+    with pytest.raises(InputError, match="too little trainer"):
+        check_room(derive(recipe, {"placement.worker_resources": {"trainer": 1}}), {"CPU": 8.0})
+
+
+def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_path):
+    from raydmd.training.run import same_run
+
+    recipe = Recipe(name="r", output=tmp_path)
+    recipe.folder.mkdir()
+    same_run(recipe, recipe.folder)
+    (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml())
+    same_run(derive(recipe, {"placement.workers": 2, "training.checkpoint_every": 7}), recipe.folder)
+    with pytest.raises(InputError, match=r"method.guidance: was 4.0, now 3.0"):
+        same_run(derive(recipe, {"method.guidance": 3.0}), recipe.folder)
+
+
+def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
+    from raydmd.training.follow import progress_line
+
+    row = {
+        "cycle": 20,
+        "cycles": 100,
+        "phase": 0,
+        "fake/loss": 0.5,
+        "student/gradient": 0.25,
+        "student/x0_std": 2.0,
+        "teacher/x0_std": 1.0,
+        "teacher/retries": 1,
+        "time/teacher_wait": 1.0,
+        "time/fake": 3.0,
+    }
+    line = progress_line(row, Recipe(), [(0.0, 10), (5.0, 20)])
+    for part in ("cycle 20/100", "2.00 cycles/s", "0.7 min left", "teacher wait 25%", "ALARM", "1 teacher retries"):
+        assert part in line
