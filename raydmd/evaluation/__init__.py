@@ -1,1 +1,1 @@
-"""What a student is worth: judges, metrics, motion, and the report that shows them."""
+"""Metrics, sample grids and reports."""

@@ -22,6 +22,7 @@ Render = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 BATCH = 64
 PEAK_RATE = 2e-3
+FEATURES = 64
 _CHUNK = 128
 _WARM = 0.25
 """Share of the time in which the rate rises."""
@@ -53,57 +54,52 @@ class Judge(ABC):
         """
 
 
-class AttributeJudge(nn.Module, Judge):
+class AttributeJudge(Judge, nn.Module):
     """A small 3-D conv net that names item, colour, direction and speed of a clip.
 
     It takes clips of 9 frames of 32x32 pixels. Time and space stay resolved (3x4x4) until one linear
     layer, because where an item is when is what tells direction and speed.
-
-    Args:
-        width: channels of the last convolutions; the first has half of them.
-        size: features of the penultimate layer.
     """
 
-    def __init__(self, width: int = 48, size: int = 64) -> None:
+    def __init__(self) -> None:
         """Build the untrained net."""
         super().__init__()
         self.body = nn.Sequential(
-            _block(3, width // 2, (1, 2, 2)),
-            _block(width // 2, width, (2, 2, 2)),
-            _block(width, width, (2, 2, 2)),
-            nn.Flatten(),
+            _block(3, 24, (1, 2, 2)),
+            _block(24, 40, (2, 2, 2)),
+            _block(40, 64, (2, 2, 2)),
+            _block(64, 64, (1, 1, 1)),
+            nn.Flatten(1),
+            nn.Linear(64 * 3 * 4 * 4, FEATURES),
         )
-        self.penultimate = nn.Linear(width * 3 * 4 * 4, size)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(size, len(values)) for name, values in ATTRIBUTES.items()}
+            {name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
-    def embed(self, clips: Tensor) -> Tensor:
-        """Penultimate features with gradient, ``(N, size)``, of clips ``(N, 9, 3, 32, 32)``.
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        """Logits per attribute, ``(N, values)``, of clips ``(N, 9, 3, 32, 32)`` in [0, 1].
 
         Raises:
             InputError: if the clips have another shape.
         """
-        if clips.ndim != 5 or clips.shape[1:] != (FRAMES, 3, SIZE, SIZE):
-            raise InputError(
-                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), "
-                f"given {tuple(clips.shape)}"
-            )
-        centred = clips.transpose(1, 2) * 2 - 1
-        return F.silu(self.penultimate(self.body(centred)))
-
-    def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute, ``(N, values)``, of clips ``(N, 9, 3, 32, 32)`` in [0, 1]."""
-        return self._classify(self.embed(clips))
+        return self._classify(self._embed(clips))
 
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor:
-        """Penultimate features, ``(N, 64)``; see :meth:`Judge.features`."""
-        return torch.cat([self.embed(part.float()) for part in clips.split(_CHUNK)])
+        """Features before the heads' activation, ``(N, 64)``; see :meth:`Judge.features`.
+
+        Raises:
+            InputError: if the clips have another shape than ``(N, 9, 3, 32, 32)``.
+        """
+        return torch.cat([self._embed(part) for part in torch.split(clips.float(), _CHUNK)])
 
     @torch.no_grad()
     def predict(self, clips: Tensor) -> dict[str, Tensor]:
-        """Most likely values; see :meth:`Judge.predict`."""
+        """Most likely values; see :meth:`Judge.predict`.
+
+        Raises:
+            InputError: if the clips have another shape than ``(N, 9, 3, 32, 32)``.
+        """
         logits = self._classify(self.features(clips))
         return {name: values.argmax(1) for name, values in logits.items()}
 
@@ -124,10 +120,20 @@ class AttributeJudge(nn.Module, Judge):
             judge.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise InputError(f"no attribute judge can be read from {path}: {error}") from None
-        return judge.eval()
+        return judge.eval().requires_grad_(False)
+
+    def _embed(self, clips: Tensor) -> Tensor:
+        if clips.ndim != 5 or clips.shape[1:] != (FRAMES, 3, SIZE, SIZE):
+            raise InputError(
+                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), "
+                f"given {tuple(clips.shape)}"
+            )
+        features: Tensor = self.body(clips.transpose(1, 2) * 2 - 1)
+        return features
 
     def _classify(self, features: Tensor) -> dict[str, Tensor]:
-        return {name: head(features) for name, head in self.heads.items()}
+        hidden = F.silu(features)
+        return {name: head(hidden) for name, head in self.heads.items()}
 
 
 def train_judge(
@@ -181,7 +187,7 @@ def train_judge(
         optimizer.step()
         step += 1
         done = (clock() - start) / (60 * minutes)
-    return judge.eval()
+    return judge.eval().requires_grad_(False)
 
 
 def _block(inputs: int, outputs: int, stride: tuple[int, int, int]) -> nn.Sequential:

@@ -71,7 +71,8 @@ def _clip_flow(frames: NDArray[np.float32]) -> float:
     ]
     bright = float(np.percentile(frames, 10)) + _CONTRAST
     pairs = zip(large, large[1:], strict=False)
-    return float(np.mean([_pair_flow(a, b, bright) for a, b in pairs])) / scale
+    flows = [_pair_flow(a, b, bright) for a, b in pairs]
+    return sum(flows) / len(flows) / scale
 
 
 def _pair_flow(first: NDArray[np.float32], second: NDArray[np.float32], bright: float) -> float:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.zoo.world import Caption, sample_captions
-
-Role = Literal["teacher", "undistilled", "student"]
-"""``teacher``: at full steps; ``undistilled``: the teacher at few steps; ``student``: distilled."""
 
 _TOLERANCE = 1e-3
 
@@ -23,13 +19,13 @@ class Samples:
     """What one sampler made of a list of prompts.
 
     Attributes:
-        name: a short key, unique in an evaluation.
+        name: a short key, unique in an evaluation. Names that start with ``undistilled`` are the
+            teacher at few steps, which students are compared with.
         title: what a reader sees.
         clips: ``(N, F, 3, H, W)``, float in [0, 1]; ``F`` is 1 for images.
         prompts: ``N`` prompts, one per clip.
         evaluations: network evaluations per clip; a guided step counts two.
         seconds: wall time per clip, in seconds.
-        role: what the sampler is; decides what students are compared with.
 
     Raises:
         InputError: if shapes, lengths or ranges do not fit.
@@ -42,7 +38,6 @@ class Samples:
     prompts: list[str]
     evaluations: int
     seconds: float
-    role: Role = "student"
 
     def __post_init__(self) -> None:
         """Refuse what no metric can read."""
@@ -68,6 +63,13 @@ class Samples:
         """The number of clips."""
         return self.clips.shape[0]
 
+    def take(self, rows: Sequence[int]) -> Samples:
+        """The same sampler's clips and prompts at the given rows."""
+        chosen = list(rows)
+        return replace(
+            self, clips=self.clips[chosen], prompts=[self.prompts[row] for row in chosen]
+        )
+
 
 def groups(prompts: Sequence[str], *, least: int) -> list[list[int]]:
     """Indices of clips that share a prompt, for prompts with at least ``least`` clips.
@@ -85,9 +87,9 @@ def groups(prompts: Sequence[str], *, least: int) -> list[list[int]]:
 def evaluation_prompts(count: int, seed: int, group: int = 8) -> list[str]:
     """Prompts for the zoo's world: single captions first, then repeats of open captions.
 
-    Half of ``count`` are drawn as the training data has them. The other half are groups of ``group``
-    equal captions that leave at least one attribute open and differ from each other; the samplers'
-    seeds come from the index. What does not fill a group is drawn singly.
+    Half of ``count`` are drawn as the training data has them. The other half are groups of
+    ``group`` equal captions that leave at least one attribute open and differ from each other; the
+    samplers' seeds come from the index. What does not fill a group is drawn singly.
 
     Args:
         count: number of prompts.
