@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.zoo.world import ATTRIBUTES, FRAMES, SIZE
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Render = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """Batch size and generator to clips ``(B, F, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)``."""
@@ -57,8 +60,8 @@ class Judge(ABC):
 class AttributeJudge(Judge, nn.Module):
     """A small 3-D conv net that names item, colour, direction and speed of a clip.
 
-    It takes clips of 9 frames of 32x32 pixels. Time and space stay resolved (3x4x4) until one linear
-    layer, because where an item is when is what tells direction and speed.
+    It takes clips of 9 frames of 32x32 pixels. Time and space stay resolved (3x4x4) until one
+    linear layer, because where an item is when is what tells direction and speed.
     """
 
     def __init__(self) -> None:

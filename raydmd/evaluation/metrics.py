@@ -1,15 +1,15 @@
 """Figures of merit: pure functions of features, predictions, prompts and pixels.
 
-What a caption of the zoo's world leaves open is uniform in truth (``world``), so coverage is measured
-against a known distribution. Groups are small, and so finite: even uniform draws miss modes in a
-group of 8. Read coverage beside the teacher's own and beside ``missing_by_chance``.
+What a caption of the zoo's world leaves open is uniform in truth (``world``), so coverage is
+measured against a known distribution. Groups are small: even uniform draws miss modes in a group of
+8. Read coverage beside the teacher's own and beside ``missing_by_chance``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from raydmd.errors import InputError
 from raydmd.evaluation.samples import groups
 from raydmd.zoo.world import ATTRIBUTES, is_caption, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 Table = dict[str, dict[str, float]]
 """Attribute, or ``mean`` over those that were left open, to figures by name."""
@@ -74,9 +77,9 @@ def attribute_accuracy(
         predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
 
     Returns:
-        Per attribute the share of right clips among those whose prompt states it, and ``joint``, the
-        share of clips with all stated attributes right among those that state any. ``None`` where
-        nothing was stated.
+        Per attribute the share of right clips among those whose prompt states it, and ``joint``,
+        the share of clips with all stated attributes right among those that state any. ``None``
+        where nothing was stated.
     """
     right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "joint")}
     for index, prompt in enumerate(prompts):

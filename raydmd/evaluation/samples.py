@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.zoo.world import Caption, sample_captions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 _TOLERANCE = 1e-3
 

@@ -234,13 +234,14 @@ class Wan(Family):
         metadata: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """See :class:`~raydmd.models.base.Family`."""
-        WanPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=layers.get("transformer"),
-            transformer_2_lora_layers=layers.get("transformer_2"),
-            transformer_lora_adapter_metadata=metadata.get("transformer"),
-            transformer_2_lora_adapter_metadata=metadata.get("transformer_2"),
-        )
+        # The stock loader takes one expert a file, and loads the second with load_into_transformer_2.
+        for expert, weights in layers.items():
+            WanPipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=dict(weights),
+                transformer_lora_adapter_metadata=dict(metadata[expert]),
+                weight_name=f"{expert}.safetensors",
+            )
 
     def _source(self) -> Path | str:
         path = Path(self.path)
