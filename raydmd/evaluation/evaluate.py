@@ -75,18 +75,20 @@ COLUMNS = (
     Column("flow", "flow", "teacher", 2, "mean optical flow of the foreground, pixels per frame"),
     Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
     Column("dynamic_degree", "dynamic", "teacher", 3, "share of clips that move at all", False),
-    Column("diversity", "diversity", "teacher", 3, "1 - mean cosine of features within a prompt"),
-    Column("coverage_entropy", "entropy", "high", 3, "evenness of what prompts leave open, at most 1"),
+    Column("diversity", "diversity", "teacher", 3, "1 - mean cosine of a prompt's features", False),
+    Column("coverage_entropy", "entropy", "high", 3, "evenness of what a prompt leaves open"),
     Column("coverage_distance", "TV", "low", 3, "the same as total variation to the truth", False),
     Column("missing_modes", "missing", "low", 3, "share of open values that a prompt never shows"),
     Column("pooled_entropy", "pooled entropy", "high", 3, "evenness over all prompts", False),
     Column("pooled_distance", "pooled TV", "low", 3, "total variation over all prompts", False),
     Column("pooled_missing", "pooled missing", "low", 3, "values missing over all prompts", False),
-    Column("brightness", "brightness", "teacher", 3, "mean pixel value"),
+    Column("brightness", "brightness", "teacher", 3, "mean pixel value", False),
     Column("saturation", "saturation", "teacher", 3, "mean chroma, largest minus smallest channel"),
 )
 GAPS = ("frechet", "joint", "flow", "coverage_entropy", "saturation")
 """Figures for which the closed share of the gap is reported."""
+LEAST_GAP = 0.05
+"""Smaller gaps, relative to the teacher's figure, are not divided by."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class Evaluation:
         its Frechet distance to itself is zero by construction.
 
         Returns:
-            ``against``, the baseline's name, and the fractions of ``GAPS``; empty without a
-            baseline.
+            ``against``, the baseline's name, and the fractions of ``GAPS``, ``None`` where the
+            baseline is ahead of the teacher or within 5% of it; empty without a baseline.
         """
         if not any(str(row["name"]).startswith(UNDISTILLED) for row in self.rows):
             return {}
@@ -156,7 +158,13 @@ class Evaluation:
         goal = self.row(self.floor) if self.floor else self.rows[0]
         gaps: dict[str, Value] = {"against": against}
         for metric in GAPS:
-            gaps[metric] = gap_closed(self.row(against), self.row(student), goal, metric)
+            better = next(column.better for column in COLUMNS if column.key == metric)
+            start, end = (_number(row[metric], 0.0) for row in (self.row(against), goal))
+            # A baseline that beats the teacher or is as good leaves no gap, and a ratio of noise.
+            ahead = (better == "low" and start < end) or (better == "high" and start > end)
+            none = ahead or abs(start - end) < LEAST_GAP * abs(end)
+            closed = gap_closed(self.row(against), self.row(student), goal, metric)
+            gaps[metric] = None if none else closed
         return gaps
 
     def best(self) -> dict[str, set[str]]:
@@ -185,7 +193,7 @@ class Evaluation:
         """The rows for a terminal; best values bold, teachers aside.
 
         Args:
-            full: all columns instead of those that fit into about 120 characters.
+            full: all columns instead of those that fit into about 110 characters.
         """
         columns = [c for c in self.shown() if full or c.brief]
         best, table = self.best(), Table(box=SIMPLE_HEAD, pad_edge=False)

@@ -69,12 +69,11 @@ class AttributeJudge(Judge, nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             _block(3, 24, (1, 2, 2)),
-            _block(24, 40, (2, 2, 2)),
-            _block(40, 64, (2, 2, 2)),
-            _block(64, 64, (1, 1, 1)),
-            nn.Flatten(1),
-            nn.Linear(64 * 3 * 4 * 4, FEATURES),
+            _block(24, 48, (2, 2, 2)),
+            _block(48, 48, (2, 2, 2)),
+            nn.Flatten(),
         )
+        self.penultimate = nn.Linear(48 * 3 * 4 * 4, FEATURES)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()}
         )
@@ -131,7 +130,7 @@ class AttributeJudge(Judge, nn.Module):
                 f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), "
                 f"given {tuple(clips.shape)}"
             )
-        features: Tensor = self.body(clips.transpose(1, 2) * 2 - 1)
+        features: Tensor = self.penultimate(self.body(clips.transpose(1, 2) * 2 - 1))
         return features
 
     def _classify(self, features: Tensor) -> dict[str, Tensor]:

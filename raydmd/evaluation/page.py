@@ -1,4 +1,4 @@
-"""The report's page, a Jinja template. It is Python so that every way of packaging brings it along."""
+"""The report's page, a Jinja template; in Python so that every way of packaging brings it along."""
 
 PAGE = """\
 <!doctype html>
@@ -34,7 +34,9 @@ h2 { margin: 52px 0 14px; font-size: 18px; font-weight: 650; letter-spacing: -.0
   display: grid; gap: 12px; margin-top: 28px;
   grid-template-columns: repeat(auto-fit, minmax(200px, 1fr));
 }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
+.tile {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
+}
 .tile b {
   display: block; font-size: 28px; line-height: 1.2; font-weight: 620; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums;
@@ -44,13 +46,15 @@ h2 { margin: 52px 0 14px; font-size: 18px; font-weight: 650; letter-spacing: -.0
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 .figures { font-size: 13.5px; font-variant-numeric: tabular-nums; }
-.figures + .figures { margin-top: 22px; }
+.scroll + .scroll { margin-top: 26px; }
 .figures th, .figures td {
   padding: 7px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
 }
 .figures th { color: var(--muted); font-weight: 500; font-size: 12.5px; vertical-align: bottom; }
 .figures th[title] { cursor: help; }
-.figures th:first-child, .figures td:first-child { text-align: left; padding-left: 0; min-width: 215px; }
+.figures th:first-child, .figures td:first-child {
+  text-align: left; padding-left: 0; min-width: 215px;
+}
 .figures tr.teacher td { color: var(--muted); }
 .figures tr.student td { background: var(--tint); }
 .figures tr.student td:first-child { box-shadow: -10px 0 0 var(--tint); }
@@ -78,7 +82,8 @@ details { margin-top: 36px; border-top: 1px solid var(--line); padding-top: 16px
 summary { cursor: pointer; font-weight: 650; font-size: 18px; }
 pre {
   overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 16px 18px; font: 12.5px/1.55 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
+  padding: 16px 18px;
+  font: 12.5px/1.55 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
 }
 dl { columns: 2; column-gap: 40px; margin: 14px 0 0; font-size: 13px; color: var(--muted); }
 dl div { break-inside: avoid; padding: 2px 0; }
@@ -92,7 +97,7 @@ dd { display: inline; margin: 0 0 0 6px; }
 <main>
 <header>
 <h1>{{ title }}</h1>
-{% if lede %}<p>{% for part in lede %}{% if part.strong -%}
+{% if lede %}<p>{% for part in lede %}{% if part.strong is defined -%}
 <strong>{{ part.text }}</strong>{% else %}{{ part.text }}{% endif %}{% endfor %}</p>{% endif %}
 </header>
 
@@ -111,9 +116,8 @@ dd { display: inline; margin: 0 0 0 6px; }
 </tbody></table></div>
 {% endfor %}
 <p class="note">{{ clips }} clips per sampler. Bold is best, the teacher aside; figures without an
-arrow have no better end, or are best where the teacher's are. The share of open values that a prompt
-never shows is above zero even for uniform draws, since a prompt has few clips: read it beside the
-teacher's.</p>
+arrow are best where the teacher's are. A prompt has few clips, so it misses some of what it leaves
+open even where the draws are uniform: read that figure beside the teacher's.</p>
 <dl>{% for c in legend %}<div><dt>{{ c.label }}</dt><dd>{{ c.help }}</dd></div>{% endfor %}</dl>
 
 {% if sheet %}<h2>The same prompts and seeds</h2>
@@ -130,7 +134,8 @@ teacher's.</p>
 {% if curves %}<h2>Training</h2>
 <div class="curves">{% for name, svg in curves %}<figure><figcaption>{{ name }}</figcaption>
 {{ svg }}</figure>{% endfor %}</div>
-<p class="note">Losses mean little in distribution matching; look for figures that run away.</p>{% endif %}
+<p class="note">Losses mean little in distribution matching; look for figures that run away.</p>
+{% endif %}
 
 {% if facts %}<h2>Facts</h2>
 <table class="facts">{% for name, value in facts.items() -%}

@@ -22,7 +22,7 @@ STRIP_FRAMES = 5
 """Frames of a strip, evenly spaced from the first to the last."""
 MAX_ROWS = 16
 
-_SMALL, _TALL = 64, 96
+_SMALL, _TALL, _GAP = 64, 96, 2
 _PAPER, _INK, _MUTED = (255, 255, 255), (28, 28, 30), (110, 110, 116)
 _MILLISECONDS = 140
 
@@ -39,7 +39,7 @@ def display_size(clip: Tensor) -> tuple[int, int]:
 
 
 def strip(clip: Tensor, *, frames: int = STRIP_FRAMES) -> Image.Image:
-    """Frames of one clip side by side, without gaps.
+    """Frames of one clip side by side, with transparent gaps that keep black frames apart.
 
     Args:
         clip: ``(F, 3, H, W)`` in [0, 1].
@@ -49,14 +49,14 @@ def strip(clip: Tensor, *, frames: int = STRIP_FRAMES) -> Image.Image:
     last = clip.shape[0] - 1
     chosen = [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [0]
     width, height = display_size(clip)
-    sheet = Image.new("RGB", (width * count, height))
+    sheet = Image.new("RGBA", ((width + _GAP) * count - _GAP, height))
     for place, index in enumerate(chosen):
-        sheet.paste(_frame(clip[index]), (place * width, 0))
+        sheet.paste(_frame(clip[index]), (place * (width + _GAP), 0))
     return sheet
 
 
 def animation(clip: Tensor) -> bytes:
-    """A clip ``(F, 3, H, W)`` in [0, 1] as an endless lossless WebP; a still if it has one frame."""
+    """A clip ``(F, 3, H, W)`` in [0, 1] as endless lossless WebP; a still if it has one frame."""
     frames = [_frame(frame) for frame in clip]
     out = io.BytesIO()
     frames[0].save(
@@ -126,7 +126,7 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
         draw.text((left, margin + 4), title, fill=_INK, font=font)
         top = margin + head
         for picture, height in zip(column, heights, strict=True):
-            sheet.paste(picture, (left, top))
+            sheet.paste(picture, (left, top), picture)
             top += height + 6
         left += width + gap
     top = margin + head

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from raydmd.evaluation.evaluate import Column, Row, Value
     from raydmd.evaluation.samples import Samples
 
+_STRIP_FRAMES = 4
+"""Three samplers' strips, each beside its animation, fit onto a laptop."""
 _ARROW = {"low": " ↓", "high": " ↑"}
 
 
@@ -93,7 +95,7 @@ def _lede(evaluation: Evaluation) -> list[dict[str, Any]]:
     if not students:
         return []
     student, teacher = evaluation.row(students[0]), evaluation.rows[0]
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"text": str(student["title"]), "strong": True},
         {"text": f": {student['evaluations']} network evaluations per clip instead of "},
         {"text": f"the teacher's {teacher['evaluations']}"},
@@ -111,7 +113,7 @@ def _lede(evaluation: Evaluation) -> list[dict[str, Any]]:
         parts += [{"text": str(baseline), "strong": True}]
         parts += [{"text": " and the teacher"}] if closed >= 0 else []
     parts.append({"text": "."})
-    return [{"strong": False, **part} for part in parts]
+    return parts
 
 
 def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
@@ -128,12 +130,13 @@ def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
     own, full = student["seconds"], teacher["seconds"]
     if isinstance(own, float) and isinstance(full, float) and own > 0:
         note = f"{own:.3g} s per clip, teacher {full:.3g} s"
-        tiles.append({"label": "Speed", "value": f"{full / own:.1f}×", "note": note})
+        value = f"{full / own:.1f}\N{MULTIPLICATION SIGN}"
+        tiles.append({"label": "Speed", "value": value, "note": note})
     for label, key, goal in (
         ("Fréchet distance", "frechet", floor),
         ("All stated attributes right", "joint", teacher),
         ("Motion, pixels per frame", "flow", teacher),
-        ("Coverage of open attributes", "coverage_entropy", teacher),
+        ("Coverage, 1 is the truth", "coverage_entropy", teacher),
     ):
         if key not in columns:
             continue
@@ -202,7 +205,7 @@ def _sheet(contact: Sequence[Samples]) -> dict[str, Any]:
 
 def _clip(samples: Samples, row: int) -> dict[str, Any]:
     clip = samples.clips[row]
-    frames, (width, height) = strip(clip), display_size(clip)
+    frames, (width, height) = strip(clip, frames=_STRIP_FRAMES), display_size(clip)
     moving = _uri("webp", animation(clip)) if clip.shape[0] > 1 else None
     return {
         "moving": moving,

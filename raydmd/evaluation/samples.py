@@ -91,8 +91,9 @@ def evaluation_prompts(count: int, seed: int, group: int = 8) -> list[str]:
     """Prompts for the zoo's world: single captions first, then repeats of open captions.
 
     Half of ``count`` are drawn as the training data has them. The other half are groups of
-    ``group`` equal captions that leave at least one attribute open and differ from each other; the
-    samplers' seeds come from the index. What does not fill a group is drawn singly.
+    ``group`` equal captions that leave at least one attribute open and differ from each other while
+    there are new ones; the samplers' seeds come from the index. What does not fill a group is drawn
+    singly.
 
     Args:
         count: number of prompts.
@@ -120,7 +121,7 @@ def _open_captions(seed: int) -> Iterator[str]:
     while True:
         drawn: list[Caption] = sample_captions(256, seed=seed + 7_919 * (block + 1))
         fresh = [c.text for c in dict.fromkeys(drawn) if c.open and c.text not in seen]
-        if block == 16 and not fresh:  # the world has finitely many captions; then repeat them
+        if not fresh:  # the world has a few hundred open captions; start over when they run out
             seen.clear()
         for text in fresh:
             seen.add(text)

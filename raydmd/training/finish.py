@@ -117,7 +117,8 @@ def measure(
         ),
     ]
     if judge is not None:
-        runs.insert(1, ("teacher_again", "teacher, other seeds", teacher, full, guided, 1))
+        # Distances are taken to clips from other noise: clips from the same noise are paired and seem nearer.
+        runs.append(("reference", "teacher, other seeds", teacher, full, guided, 1))
     made = {
         name: _samples(
             name,
@@ -136,7 +137,10 @@ def measure(
         for name, title, experts, grid, guidance, salt in runs
     }
     others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
-    evaluation = evaluate(made["teacher"], made.get("teacher_again"), others, judge)
+    if judge is not None:
+        evaluation = evaluate(made["reference"], made["teacher"], others, judge)
+    else:
+        evaluation = evaluate(made["teacher"], None, others, None)
     best = evaluation.best_undistilled()
     grid_rows = contact_rows(texts, e.grid)
     save_contact(recipe, family, made["student"], grid_rows)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from raydmd.process import shift
 from raydmd.zoo.world import all_captions
 
-BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM, DROP = 0.875, 5.0, 12, 48, 0.1
+BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM, DROP = 0.875, 5.0, 8, 48, 0.1
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -53,16 +53,16 @@ def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 
 def build_expert() -> WanTransformer3DModel:
-    """An untrained expert: 12 tokens per clip, about half a million parameters."""
+    """An untrained expert: 12 tokens per clip, about a fifth of a million parameters."""
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
-        attention_head_dim=24,
+        attention_head_dim=16,
         in_channels=16,
         out_channels=16,
         text_dim=TEXT_DIM,
         freq_dim=64,
-        ffn_dim=320,
+        ffn_dim=192,
         num_layers=3,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
@@ -103,7 +103,7 @@ def train_experts(
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 200) * (1 - done) + 1e-6
-        name = "high" if step % 3 == 0 else "low"  # the low-noise expert has the harder task
+        name = "high" if step % 4 == 0 else "low"  # the low-noise expert has the harder task
         low, high = (split, 1.0) if name == "high" else (0.0, split)
         rows = torch.randint(len(latents), (batch,))
         prompt = torch.where(torch.rand(batch) < DROP, len(prompts), rows)
