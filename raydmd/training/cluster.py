@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,29 +17,34 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
 
-def connect(*, cpus: float) -> None:
+def connect() -> None:
     """Join the cluster that ``RAY_ADDRESS`` names (a submitted job has it), or start one of our own here.
 
     A cluster that happens to run on this machine is never joined by accident.
-
-    Args:
-        cpus: logical CPUs of a cluster started here: at least the machine's, more if the run asks for more
-            shares than there are cores.
 
     Raises:
         InputError: if the named cluster cannot be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray lowers its workers' priority; here they are the work, and would starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # A committed checkpoint is one the controller has seen: look often, so that little is redone.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
-        options |= {"num_cpus": max(int(cpus), os.cpu_count() or 1), "include_dashboard": False}
+        options |= {"num_cpus": os.cpu_count() or 1, "include_dashboard": False}
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot join the Ray cluster at {address!r}: {error}") from error
+
+
+def lasting(output: Path) -> Path:
+    """An absolute output folder; a submitted job's own directory is deleted with the job, so home then."""
+    output = output.expanduser()
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return output if output.is_absolute() else (Path.home() / "raydmd" if in_job else Path.cwd()) / output
 
 
 def demands(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -26,7 +26,7 @@ from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
 from raydmd.serving.pool import TeacherPool
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.cluster import check_room, connect, demands
+from raydmd.training.cluster import check_room, connect, lasting
 from raydmd.training.events import read_lines
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.prompts import read_prompts
@@ -59,6 +59,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         RunStopped: after a checkpoint; the same command resumes.
         RunFailed: what was computed is kept.
     """
+    recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
     experts = len(getattr(recipe.method, "boundaries", ())) + 1
     if experts > family.max_experts:
@@ -74,7 +75,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             return DONE
         same_run(recipe, folder)
         start = time.monotonic()
-        connect(cpus=sum(row.get("CPU", 0.0) for row in demands(recipe).values()))
+        connect()
         try:
             check_room(recipe, dict(ray.cluster_resources()))  # type: ignore[no-untyped-call]
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

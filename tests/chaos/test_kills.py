@@ -1,0 +1,164 @@
+"""Processes die by SIGKILL in mid-run; the run ends by itself, and in the same bits as an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from raydmd.errors import BAD_INPUT, DONE, STOPPED
+from raydmd.training.events import read_lines
+from tests.pipelines import wan_pipeline
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+CYCLES = 24
+
+
+class Launch:
+    """The experiment as a user starts it: a process of its own, on a Ray of its own."""
+
+    def __init__(self, home: Path, name: str, *extra: str) -> None:
+        self.folder = home / "runs" / name
+        self.log = home / f"{name}.log"
+        overrides = {
+            "model.frames": 5,
+            "model.height": 32,
+            "model.width": 32,
+            "training.cycles": CYCLES,
+            "training.batch": 4,
+            "training.fake_updates": 2,
+            "training.precision": "fp32",
+            "training.sharding": "ddp",
+            "training.gradient_checkpointing": "false",
+            "training.checkpoint_every": 4,
+            "training.report_every": 2,
+            "training.step_timeout": 60,
+            "training.student.lora": "null",
+            "training.student.rate": 1e-3,
+            "placement.worker_gpus": 0,
+            "placement.teacher_gpus": 0,
+            "placement.worker_cpus": 0.5,
+            "placement.teacher_cpus": 0.5,
+            "evaluation.samples": 2,
+            "evaluation.grid": 2,
+            "evaluation.teacher_steps": 2,
+        }
+        command = [
+            *(sys.executable, "experiments/phased_wan22.py", "--model", str(home / "model"), "--name", name),
+            *("--prompts", str(home / "prompts.txt"), "--output", str(home / "runs"), "--deterministic"),
+            *("--workers", "2", "--teachers", "2", *(f"--{k}={v}" for k, v in overrides.items()), *extra),
+        ]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+    def events(self, kind: str) -> list[dict]:
+        return [e for e in read_lines(self.folder / "events.jsonl") if e["event"] == kind]
+
+    def wait_for(self, kind: str, *, cycle: int = 0, seconds: float = 240) -> dict:
+        """The first event of a kind at or after a cycle."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = [e for e in self.events(kind) if e.get("cycle", 0) >= cycle]
+            if found:
+                return found[0]
+            assert self.process.poll() is None, f"ended early:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.05)
+        raise AssertionError(f"no {kind} at cycle {cycle} within {seconds} s:\n{self.log.read_text()[-3000:]}")
+
+    def kill_one(self, title: str) -> int:
+        """SIGKILL one of this run's own processes, by what Ray calls it; it must really die."""
+        ours = psutil.Process(self.process.pid).children(recursive=True)
+        victims = [p for p in ours if any(title in part for part in p.cmdline()[:1])]
+        assert victims, f"no {title} among {[p.cmdline()[:1] for p in ours]}"
+        victims[0].send_signal(signal.SIGKILL)
+        victims[0].wait(10)
+        return victims[0].pid
+
+    def end(self, seconds: float = 300) -> int:
+        return self.process.wait(seconds)
+
+    def student(self) -> dict:
+        (final,) = (self.folder / "train").glob("*-final")
+        return {f.stem: load_file(f) for f in (final / "student").glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("chaos")
+    wan_pipeline(home / "model")
+    (home / "prompts.txt").write_text("a cat runs\na dog jumps\n")
+    return home
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home) -> Launch:
+    run = Launch(home, "undisturbed")
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    assert not run.events("resume")
+    return run
+
+
+def same_bits(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for expert, weights in one.items():
+        for name, value in weights.items():
+            assert value.equal(other[expert][name]), f"{expert}.{name}"
+
+
+def metrics(run: Launch) -> list[dict]:
+    return list(read_lines(run.folder / "metrics.jsonl"))
+
+
+def test_a_killed_teacher_replica_changes_nothing(home, undisturbed):
+    run = Launch(home, "teacher-killed")
+    run.wait_for("checkpoint", cycle=4)
+    run.kill_one("ray::TeacherReplica")
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    assert max(m.get("teacher/retries", 0) for m in metrics(run)) > 0, "nobody noticed the death"
+    same_bits(run.student(), undisturbed.student())
+
+
+def test_a_killed_worker_is_restarted_from_the_last_checkpoint(home, undisturbed):
+    run = Launch(home, "worker-killed")
+    run.wait_for("checkpoint", cycle=8)
+    run.kill_one("ray::RayTrainWorker")
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    assert run.events("resume"), "the workers were never restarted"
+    same_bits(run.student(), undisturbed.student())
+
+
+def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
+    """--max-cycles, then SIGTERM, then to the end; then the same command changes nothing."""
+    first = Launch(home, "stopped", "--max-cycles", "6")
+    assert first.end() == STOPPED, first.log.read_text()[-3000:]
+    second = Launch(home, "stopped")
+    second.wait_for("checkpoint", cycle=8)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.end() == STOPPED, second.log.read_text()[-3000:]
+    assert "the same command resumes" in second.log.read_text()
+    third = Launch(home, "stopped")
+    assert third.end() == DONE, third.log.read_text()[-3000:]
+    same_bits(third.student(), undisturbed.student())
+    before = {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
+    again = Launch(home, "stopped")
+    assert again.end(60) == DONE
+    assert "is finished" in again.log.read_text()
+    assert before == {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+def test_more_workers_than_there_is_room_for(home):
+    run = Launch(home, "too-big", "--placement.worker_resources={trainer: 1}")
+    code = run.end(120)
+    text = run.log.read_text()
+    assert code == BAD_INPUT, text[-3000:]
+    assert "too little trainer" in text
+    assert "Traceback" not in text
