@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch.
@@ -31,7 +34,7 @@ class Draws:
     seed: int
     update: str
     positions: Sequence[int]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal noise ``(B, *shape)``, fp32."""

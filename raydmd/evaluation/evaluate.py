@@ -68,10 +68,7 @@ COLUMNS = (
     Column("seconds", "s/clip", None, 3, "wall time per clip in seconds, on the machine below"),
     Column("frechet", "Fréchet", "low", 2, "distance to the teacher's clips in a judge's features"),
     Column("joint", "joint", "high", 3, "share of clips with all stated attributes right"),
-    *(
-        Column(f"accuracy_{name}", name, "high", 3, f"share with the stated {name} right", False)
-        for name in ATTRIBUTES
-    ),
+    *(Column(f"accuracy_{name}", name, "high", 3, f"share with the stated {name} right", False) for name in ATTRIBUTES),
     Column("flow", "flow", "teacher", 2, "mean optical flow of the foreground, pixels per frame"),
     Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
     Column("dynamic_degree", "dynamic", "teacher", 3, "share of clips that move at all", False),
@@ -227,9 +224,7 @@ class Evaluation:
         return 2 if self.floor else 1
 
 
-def evaluate(
-    reference: Samples, floor: Samples | None, others: Sequence[Samples], judge: Judge | None
-) -> Evaluation:
+def evaluate(reference: Samples, floor: Samples | None, others: Sequence[Samples], judge: Judge | None) -> Evaluation:
     """Measure samplers against a teacher.
 
     Args:

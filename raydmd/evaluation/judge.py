@@ -74,9 +74,7 @@ class AttributeJudge(Judge, nn.Module):
             nn.Flatten(),
         )
         self.penultimate = nn.Linear(48 * 3 * 4 * 4, FEATURES)
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()}
-        )
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()})
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
         """Logits per attribute, ``(N, values)``, of clips ``(N, 9, 3, 32, 32)`` in [0, 1].
@@ -127,8 +125,7 @@ class AttributeJudge(Judge, nn.Module):
     def _embed(self, clips: Tensor) -> Tensor:
         if clips.ndim != 5 or clips.shape[1:] != (FRAMES, 3, SIZE, SIZE):
             raise InputError(
-                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), "
-                f"given {tuple(clips.shape)}"
+                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), given {tuple(clips.shape)}"
             )
         features: Tensor = self.penultimate(self.body(clips.transpose(1, 2) * 2 - 1))
         return features
@@ -177,10 +174,7 @@ def train_judge(
             group["lr"] = PEAK_RATE * _one_cycle(done)
         clips, labels = render(BATCH, generator)
         logits = judge(_soften(clips, generator))
-        losses = [
-            F.cross_entropy(logits[name], labels[:, column])
-            for column, name in enumerate(ATTRIBUTES)
-        ]
+        losses = [F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(ATTRIBUTES)]
         loss = torch.stack(losses).sum()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the judge's loss is not finite at step {step}")

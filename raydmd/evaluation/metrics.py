@@ -56,8 +56,7 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     """
     if features_a.ndim != 2 or features_a.shape[1:] != features_b.shape[1:]:
         raise InputError(
-            "features must be (N, D) and (M, D), "
-            f"given {tuple(features_a.shape)} and {tuple(features_b.shape)}"
+            f"features must be (N, D) and (M, D), given {tuple(features_a.shape)} and {tuple(features_b.shape)}"
         )
     if min(len(features_a), len(features_b)) < 2:
         raise InputError("a Frechet distance needs at least 2 samples on either side")
@@ -67,9 +66,7 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, float(metric.compute()))
 
 
-def attribute_accuracy(
-    prompts: Sequence[str], predictions: Mapping[str, Tensor]
-) -> dict[str, float | None]:
+def attribute_accuracy(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, float | None]:
     """How often the stated attributes are there.
 
     Args:
@@ -121,11 +118,7 @@ def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[
     pooled: Table = {}
     for name, values in ATTRIBUTES.items():
         found = predictions[name]
-        spreads = [
-            _spread(found[group], len(values))
-            for group in together
-            if name in parse(prompts[group[0]]).open
-        ]
+        spreads = [_spread(found[group], len(values)) for group in together if name in parse(prompts[group[0]]).open]
         if spreads:
             grouped[name] = _mean(spreads)
         left_open = [i for i in known if name in parse(prompts[i]).open]

@@ -90,8 +90,7 @@ def same_rows(contact: Sequence[Samples]) -> int:
     for other in contact[1:]:
         if other.prompts != contact[0].prompts:
             raise InputError(
-                f"a contact sheet's samples must share their prompts: "
-                f"'{contact[0].name}' and '{other.name}' do not"
+                f"a contact sheet's samples must share their prompts: '{contact[0].name}' and '{other.name}' do not"
             )
     return min(len(contact[0]), MAX_ROWS)
 

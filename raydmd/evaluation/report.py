@@ -60,9 +60,7 @@ def write_report(
         InputError: if the contact sheet's samples were made from different prompts.
     """
     sheet = _sheet(contact) if contact else None
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
-        PAGE
-    )
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
     drawn = {name: curve(points) for name, points in curves.items()}
     html = page.render(
         title=title,
@@ -160,10 +158,7 @@ def _tables(evaluation: Evaluation) -> list[dict[str, Any]]:
     parts = [[c for c in shown if c.brief], [c for c in shown if not c.brief]]
     return [
         {
-            "columns": [
-                {"label": c.label, "help": c.help, "arrow": _ARROW.get(c.better or "", "")}
-                for c in columns
-            ],
+            "columns": [{"label": c.label, "help": c.help, "arrow": _ARROW.get(c.better or "", "")} for c in columns],
             "rows": [
                 {
                     "title": row["title"],

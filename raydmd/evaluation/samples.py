@@ -47,8 +47,7 @@ class Samples:
         what, clips = f"samples '{self.name}'", self.clips
         if clips.ndim != 5 or clips.shape[2] != 3 or not clips.is_floating_point():
             raise InputError(
-                f"{what}: clips must be float of shape (N, F, 3, H, W), "
-                f"given {clips.dtype} {tuple(clips.shape)}"
+                f"{what}: clips must be float of shape (N, F, 3, H, W), given {clips.dtype} {tuple(clips.shape)}"
             )
         if clips.numel() == 0:
             raise InputError(f"{what}: there are no clips")
@@ -69,9 +68,7 @@ class Samples:
     def take(self, rows: Sequence[int]) -> Samples:
         """The same sampler's clips and prompts at the given rows."""
         chosen = list(rows)
-        return replace(
-            self, clips=self.clips[chosen], prompts=[self.prompts[row] for row in chosen]
-        )
+        return replace(self, clips=self.clips[chosen], prompts=[self.prompts[row] for row in chosen])
 
 
 def groups(prompts: Sequence[str], *, least: int) -> list[list[int]]:

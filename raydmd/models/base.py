@@ -123,7 +123,8 @@ class Experts:
         names = {self.routing.expert(float(v)) for v in t}
         if len(names) != 1:
             raise ValueError(f"one batch, one expert: times {t.tolist()} route to {sorted(names)}")
-        return self.modules[names.pop()](x_t, t, cond)
+        output: Tensor = self.modules[names.pop()](x_t, t, cond)
+        return output
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """The routed expert's prediction of the clean latent, shape of ``x_t``."""

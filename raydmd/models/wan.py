@@ -182,10 +182,8 @@ class Wan(Family):
         """See :class:`~raydmd.models.base.Family`."""
         if self._settings.text_length:
             return self._settings.text_length
-        return min(
-            512,
-            AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision).model_max_length,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision)
+        return min(512, int(tokenizer.model_max_length))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -199,7 +197,8 @@ class Wan(Family):
         inverse_std = 1.0 / torch.tensor(self._vae.config.latents_std, device=latents.device).view(view)
         # A division by 1/std and not a product with std: the stock pipeline's rounding, so its pixels.
         video = self._vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-        return (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+        pixels: Tensor = (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+        return pixels
 
     def export(
         self,

@@ -80,13 +80,15 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
 
 def _card(recipe: Recipe, family: Family) -> str:
     shape = family.shape()
+    # A hub id is worth naming whole; a folder of this machine is not.
+    base = Path(recipe.model.path).name if Path(recipe.model.path).exists() else recipe.model.path
     return f"""---
 library_name: diffusers
-base_model: {recipe.model.path if "/" in recipe.model.path and not Path(recipe.model.path).exists() else Path(recipe.model.path).name}
+base_model: {base}
 ---
 # {recipe.name}
 
-A {recipe.method.steps}-step student of `{Path(recipe.model.path).name}`, distilled with
+A {recipe.method.steps}-step student of `{base}`, distilled with
 `{recipe.method.name}` by raydmd {__version__}. Sample it without guidance, with exactly
 {recipe.method.steps} steps: the scheduler in this folder walks the student's own times.
 

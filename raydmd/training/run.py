@@ -123,7 +123,7 @@ def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tr
         )
         resources = {"CPU": p.worker_cpus, **p.worker_resources} | ({"GPU": p.worker_gpus} if p.worker_gpus else {})
         trainer = ray.train.torch.TorchTrainer(
-            train_loop,
+            train_loop,  # type: ignore[arg-type]  # Ray Train types a config's values, not its keys
             train_loop_config={"worker": config},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=p.workers, use_gpu=p.worker_gpus > 0, resources_per_worker=resources
@@ -136,7 +136,7 @@ def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tr
                 storage_path=str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=t.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
-                callbacks=[MetricsFile(folder / "metrics.jsonl")],
+                callbacks=[MetricsFile(folder / "metrics.jsonl")],  # type: ignore[list-item]  # typed as Tune's
             ),
         )
         events = folder / "events.jsonl"

@@ -34,8 +34,7 @@ pytestmark = pytest.mark.unit
 def predictions(*captions: Caption) -> dict[str, Tensor]:
     """What a perfect judge says of clips that show exactly these captions."""
     return {
-        name: torch.tensor([values.index(getattr(c, name)) for c in captions])
-        for name, values in ATTRIBUTES.items()
+        name: torch.tensor([values.index(getattr(c, name)) for c in captions]) for name, values in ATTRIBUTES.items()
     }
 
 
@@ -140,9 +139,7 @@ def moving(speed: str, count: int = 6) -> Tensor:
 
 
 def square(speed: float, generator: torch.Generator) -> Tensor:
-    texture = F.interpolate(
-        0.4 + 0.6 * torch.rand(1, 3, 6, 6, generator=generator), size=16, mode="bilinear"
-    )
+    texture = F.interpolate(0.4 + 0.6 * torch.rand(1, 3, 6, 6, generator=generator), size=16, mode="bilinear")
     canvas = F.pad(texture, (8, 8, 8, 8)).expand(FRAMES, -1, -1, -1)
     theta = torch.eye(2, 3).repeat(FRAMES, 1, 1)
     theta[:, 0, 2] = (torch.arange(FRAMES) - (FRAMES - 1) / 2) * speed * 2 / SIZE
@@ -241,8 +238,6 @@ def test_prompts_are_singles_and_open_groups() -> None:
         (torch.full((2, 2, 3, 4, 4), math.nan), NonFiniteError, "clip 0"),
     ],
 )
-def test_samples_refuse_what_no_metric_reads(
-    clips: Tensor, error: type[Exception], word: str
-) -> None:
+def test_samples_refuse_what_no_metric_reads(clips: Tensor, error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         Samples(name="s", title="S", clips=clips, prompts=["a", "b"], evaluations=1, seconds=0.1)

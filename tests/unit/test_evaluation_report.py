@@ -37,9 +37,7 @@ class MeanJudge(Judge):
         return {name: torch.full((len(clips),), seen[name]) for name in ATTRIBUTES}
 
 
-def samples(
-    name: str, level: float, *, evaluations: int = 4, prompts: list[str] = PROMPTS, frames: int = 3
-) -> Samples:
+def samples(name: str, level: float, *, evaluations: int = 4, prompts: list[str] = PROMPTS, frames: int = 3) -> Samples:
     generator = torch.Generator().manual_seed(0)
     clips = level + 0.2 * torch.rand(len(prompts), frames, 3, 16, 16, generator=generator)
     return Samples(
@@ -109,9 +107,7 @@ def test_a_baseline_ahead_of_the_teacher_leaves_no_gap() -> None:
 
 
 def test_without_a_judge_there_are_motion_colour_and_time() -> None:
-    found = evaluate(
-        samples("teacher", 0.2), None, [samples("undistilled", 0.3), samples("student", 0.4)], None
-    )
+    found = evaluate(samples("teacher", 0.2), None, [samples("undistilled", 0.3), samples("student", 0.4)], None)
     row = found.row("student")
     assert row["frechet"] is row["joint"] is row["diversity"] is None
     for key in ("flow", "brightness", "saturation", "seconds"):
@@ -175,9 +171,7 @@ def test_the_page_escapes_and_needs_nothing_else(tmp_path: Path) -> None:
     prompts = [evil, "b"]
     contact = [samples("teacher", 0.2, prompts=prompts), samples("student", 0.3, prompts=prompts)]
     found = evaluate(contact[0], None, contact[1:], None)
-    path = write_report(
-        tmp_path, evil, found, contact, f"name: {evil}", {evil: [(0, 1.0), (1, 2.0)]}, {evil: evil}
-    )
+    path = write_report(tmp_path, evil, found, contact, f"name: {evil}", {evil: [(0, 1.0), (1, 2.0)]}, {evil: evil})
     page = path.read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 6

@@ -46,7 +46,7 @@ def test_raw_gradient_is_the_gradient_of_the_kl_between_the_noised_gaussians(p, 
 
 
 def test_raw_gradient_is_the_papers_flow_form():
-    """Eq. 10: w_{t|s} (T - F) with flow predictions and w_{t|s} = alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2)."""
+    """Eq. 10: w (T - F) on flow predictions, w = alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2)."""
     p, t, s = RectifiedFlow(), times(0.9, 0.95), times(0.8, 0.8)
     g = torch.Generator().manual_seed(1)
     x_t, v_real, v_fake = (torch.randn(2, 5, generator=g, dtype=F64) for _ in range(3))
