@@ -244,6 +244,8 @@ class Evaluation(Section):
     samples: Annotated[int, Field(ge=0)] = 256
     """Clips per method; 0 skips evaluation. Without judges there are pictures and timings only."""
     teacher_steps: Count = 40
+    guidance: NonNegative | None = None
+    """Of the teacher's clips that a student is compared with; default: ``method.guidance``."""
     grid: Count = 8
     """Rows of the contact sheet."""
     batch: Count = 64

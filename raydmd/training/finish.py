@@ -100,7 +100,8 @@ def measure(
     teacher = load_teacher(family, recipe.training.precision, device=device)
     for module in student.modules.values():
         module.to(device)
-    full, guided = step_grid(e.teacher_steps, m.shift), Guidance(m.guidance)
+    full = step_grid(e.teacher_steps, m.shift)
+    guided = Guidance(m.guidance if e.guidance is None else e.guidance)
     few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)
     plain = Guidance()
     runs: list[tuple[str, str, Experts, list[float], Guidance, int]] = [
