@@ -18,7 +18,7 @@ from torch import Tensor
 from raydmd.zoo.world import World, sample_captions
 
 LATENT_NOISE = 0.05
-LATENT_SCALE = 0.4
+LATENT_SCALE = 0.6
 """Standard deviation of normalised latents. At 1 the few attributes of a clip, spread over 768 numbers,
 are decided within the first step from noise, and two guided steps of the undistilled teacher are as good
 as forty: nothing would be left to distil. Smaller latents decide later (measured in docs/log.md)."""
