@@ -139,7 +139,7 @@ def alarms(row: Mapping[str, float]) -> list[str]:
     """What a person should look at now."""
     found = []
     ratio = row["student/x0_std"] / max(row["teacher/x0_std"], 1e-9)
-    if not 0.67 < ratio < 1.5:
+    if not 0.5 < ratio < 2.0:
         found.append(f"ALARM student's spread is {ratio:.2f} of the teacher's")
     if row["teacher/retries"]:
         found.append(f"{int(row['teacher/retries'])} teacher retries")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import logging
 import os
 import platform
 import signal
@@ -59,6 +60,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         RunStopped: after a checkpoint; the same command resumes.
         RunFailed: what was computed is kept.
     """
+    quiet()
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
     experts = len(getattr(recipe.method, "boundaries", ())) + 1
@@ -96,6 +98,17 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         finally:
             ray.shutdown()
     return DONE
+
+
+def quiet() -> None:
+    """Leave the terminal to the run: libraries report errors alone, and draw no bars of their own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tracker, stop_at: int | None) -> Path:

@@ -36,7 +36,7 @@ class Launch:
             "training.batch": 4,
             "training.fake_updates": 2,
             "training.precision": "fp32",
-            "training.sharding": "ddp",
+            **({} if "--recipe" in extra else {"training.sharding": "ddp"}),
             "training.gradient_checkpointing": "false",
             "training.checkpoint_every": 4,
             "training.report_every": 2,
@@ -107,11 +107,53 @@ def undisturbed(home) -> Launch:
     return run
 
 
+def _yaml(home: Path, text: str) -> Path:
+    file = home / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
 def same_bits(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for expert, weights in one.items():
         for name, value in weights.items():
             assert value.equal(other[expert][name]), f"{expert}.{name}"
+
+
+STOCK = """
+import json, sys
+from diffusers import WanPipeline
+from safetensors import safe_open
+
+folder = sys.argv[1]
+with safe_open(f"{folder}/contact.safetensors", "pt") as file:
+    noise, frames, about = file.get_tensor("noise"), file.get_tensor("frames"), file.metadata()
+pipe = WanPipeline.from_pretrained(f"{folder}/pipeline")
+_, count, _, height, width = frames.shape
+for i, prompt in enumerate(json.loads(about["prompts"])):
+    made = pipe(prompt, num_inference_steps=4, guidance_scale=1.0, num_frames=count, height=height, width=width,
+                max_sequence_length=int(about["text_length"]), latents=noise[i : i + 1], output_type="pt").frames
+    assert (made - frames[i : i + 1]).abs().max() < 1e-4, prompt
+assert not any(name.split(".")[0] == "raydmd" for name in sys.modules)
+"""
+
+
+def test_stock_diffusers_makes_the_reports_frames(undisturbed):
+    """In a process that does not import raydmd."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(undisturbed.folder)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=undisturbed.folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_fsdp_on_two_ranks_is_ddp_on_two_ranks(home, undisturbed):
+    run = Launch(home, "fsdp", "--recipe", str(_yaml(home, "training: {sharding: fsdp}")))
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    other = undisturbed.student()
+    for expert, weights in run.student().items():
+        for name, value in weights.items():
+            assert (value - other[expert][name]).abs().max() < 1e-5, f"{expert}.{name}"
 
 
 def metrics(run: Launch) -> list[dict]:
