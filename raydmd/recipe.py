@@ -124,7 +124,8 @@ class Dmd2(Section):
     guidance: NonNegative = 4.0
     times: tuple[Fraction, Fraction] = (0.02, 0.98)
     solver: Literal["renoise", "euler"] = "renoise"
-    """Between steps: fresh noise on the predicted x0 (DMD2), or deterministic Euler."""
+    """Between steps, in training, in evaluation and in the exported scheduler: fresh noise on the predicted
+    x0 (DMD2), or deterministic Euler."""
     normaliser: Literal["distance", "none"] = "distance"
     normaliser_floor: NonNegative = FLOOR
     fake_shift: Positive | None = None
@@ -241,8 +242,8 @@ class Tracking(Section):
 class Evaluation(Section):
     """What is measured after training."""
 
-    samples: Annotated[int, Field(ge=0)] = 256
-    """Clips per method; 0 skips evaluation. Without judges there are pictures and timings only."""
+    samples: Count = 256
+    """Clips per method. Without a judge there are pictures, motion and timings only."""
     teacher_steps: Count = 40
     guidance: NonNegative | None = None
     """Of the teacher's clips that a student is compared with; default: ``method.guidance``."""
@@ -250,6 +251,8 @@ class Evaluation(Section):
     """Rows of the contact sheet."""
     batch: Count = 64
     seed: int = 1_000_000
+    timeout: Positive = 6 * 3600.0
+    """Seconds that export and evaluation may take."""
 
 
 class Recipe(Section):

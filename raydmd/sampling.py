@@ -1,4 +1,4 @@
-"""Sampling as the stock pipeline does it: deterministic steps down a grid, optionally guided."""
+"""Sampling as the stock pipeline does it: steps down a grid, deterministic or with fresh noise, optionally guided."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from raydmd.guidance import Guidance
     from raydmd.models.base import Experts
@@ -24,6 +24,7 @@ def sample(
     *,
     grid: Sequence[float],
     guidance: Guidance,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Walk from noise to a clean latent.
 
@@ -34,12 +35,18 @@ def sample(
         uncond: the negative prompt's condition, ``(B, L, D)``.
         grid: times from 1 down to and with 0.
         guidance: scale 1 runs the conditional half alone.
+        fresh: noise to put on the predicted x0 before step ``i``, ``(B, *latent)``; ``None`` walks
+            deterministically.
 
     Returns:
         Clean latents, shape of ``noise``.
     """
     x = noise
-    for now, after in itertools.pairwise(grid):
+    for i, (now, after) in enumerate(itertools.pairwise(grid), start=1):
         t, s = (torch.full((len(x),), v, device=x.device) for v in (now, after))
-        x = experts.process.step(x, experts.guided_x0(x, t, cond, uncond, guidance), t, s)
+        x0 = experts.guided_x0(x, t, cond, uncond, guidance)
+        if fresh is None or after == 0:
+            x = experts.process.step(x, x0, t, s)
+        else:
+            x = experts.process.add_noise(x0, fresh(i), s)
     return x

@@ -63,7 +63,13 @@ class DistributionMatching:
         return Query(x_t=x_t, t=t, expert=expert, guidance=self.guidance)
 
     def gradient(self, sample: Sample, query: Query, d_real: Tensor, d_fake: Tensor) -> Tensor:
-        """The gradient with respect to ``sample.x``, to be descended; shape of ``sample.x``."""
+        """The gradient that ``sample.x`` descends; shape of ``sample.x``.
+
+        ``none`` is the paper's gradient with respect to ``sample.x``. ``distance`` is DMD2's, made for a
+        clean sample; where the sample lies at ``s > 0`` its use is this project's reading, since the
+        paper names no normaliser. It points the same way as on the clean prediction, both being affine
+        in the network's output, and weighs exit steps by how far they jump.
+        """
         if self.normaliser == "none":
             return raw_gradient(self.process, query.x_t, d_real, d_fake, sample.s, query.t)
         return normalised_gradient(sample.x0, d_real, d_fake, floor=self.floor)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from raydmd.models.base import Routing
 from raydmd.process import shift, unshift
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raydmd.draws import Draws
-    from raydmd.models.base import Routing
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Phase:
 
 def split_grid(grid: Sequence[float], boundaries: Sequence[float]) -> list[range]:
     """Indices of the steps of each phase; a step at a boundary belongs to the noisier phase."""
-    phase_of = [sum(t < b for b in boundaries) for t in grid[:-1]]
+    routing = Routing(tuple(str(k) for k in range(len(boundaries) + 1)), tuple(boundaries))
+    phase_of = [int(routing.expert(t)) for t in grid[:-1]]
     return [range(phase_of.index(k), len(phase_of) - phase_of[::-1].index(k)) for k in range(len(boundaries) + 1)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from raydmd.guidance import Guidance
 from raydmd.methods.method import DistributionMatching, Method
 from raydmd.methods.phases import Phase, TimeRange, split_grid
@@ -46,7 +48,9 @@ def _phased(m: Phased, teacher: Routing, process: Process, prediction: Predictio
         end = grid[steps.stop]
         # A teacher with an expert of its own for this phase is asked only where that expert was trained
         # (Wan2.2: above 0.875), though the student's samples lie a little lower (appendix B).
-        own_expert = k < len(m.boundaries) and m.boundaries[k] in teacher.boundaries
+        own_expert = k < len(m.boundaries) and any(
+            math.isclose(m.boundaries[k], b, abs_tol=1e-4) for b in teacher.boundaries
+        )
         low = max(end, m.boundaries[k]) if own_expert else end
         phases.append(
             Phase(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +68,8 @@ class Routing:
     boundaries: tuple[float, ...] = ()
 
     def expert(self, t: float) -> str:
-        """The expert for time ``t``."""
-        return self.experts[sum(t < b for b in self.boundaries)]
+        """The expert for time ``t``, compared in fp32: times are fp32 tensors wherever they are used."""
+        return self.experts[sum(bool(np.float32(t) < np.float32(b)) for b in self.boundaries)]
 
 
 class Denoiser(ABC, nn.Module):
@@ -120,7 +121,7 @@ class Experts:
         Raises:
             ValueError: if the times of the batch belong to different experts.
         """
-        names = {self.routing.expert(float(v)) for v in t}
+        names = {self.routing.expert(v) for v in t.tolist()}
         if len(names) != 1:
             raise ValueError(f"one batch, one expert: times {t.tolist()} route to {sorted(names)}")
         output: Tensor = self.modules[names.pop()](x_t, t, cond)
@@ -205,8 +206,12 @@ class Family(ABC):
         steps: int,
         shift: float,
         boundary: float | None,
+        stochastic: bool,
     ) -> None:
-        """Write the student as a stock diffusers pipeline with its few-step scheduler set."""
+        """Write the student as a stock diffusers pipeline with its few-step scheduler set.
+
+        ``stochastic`` sets a scheduler that puts fresh noise on each predicted x0.
+        """
 
     @abstractmethod
     def export_lora(

@@ -208,6 +208,7 @@ class Wan(Family):
         steps: int,
         shift: float,
         boundary: float | None,
+        stochastic: bool,
     ) -> None:
         """See :class:`~raydmd.models.base.Family`."""
         stretch, terminal = euler_scheduler_for(steps, shift, train_steps=TRAIN_STEPS)
@@ -217,7 +218,7 @@ class Wan(Family):
             transformer_2=experts.get("transformer_2"),
             vae=AutoencoderKLWan.from_pretrained(self.path, subfolder="vae", **self._revision),
             scheduler=FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps=TRAIN_STEPS, shift=stretch, shift_terminal=terminal
+                num_train_timesteps=TRAIN_STEPS, shift=stretch, shift_terminal=terminal, stochastic_sampling=stochastic
             ),
         )
         pipeline.register_to_config(

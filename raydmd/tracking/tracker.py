@@ -76,10 +76,10 @@ class Tracker:
         partial.write_text(run_id)
         partial.replace(file)
         tracker = cls(client, run_id)
-        params = [Param(k, v[:6000]) for k, v in flatten(recipe.model_dump(mode="json"))]
+        params = [Param(k, v[:6000]) for k, v in flatten(recipe.model_dump(mode="json", exclude={"tracking"}))]
         for i in range(0, len(params), 100):
             client.log_batch(run_id, params=params[i : i + 100])
-        client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+        client.log_dict(run_id, recipe.model_dump(mode="json", exclude={"tracking"}), "recipe.yaml")
         return tracker
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:

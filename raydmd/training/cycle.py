@@ -90,8 +90,11 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     pending = [a.teacher.submit(_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
     watch.lap("rollout")
 
+    seen: dict[str, list[float]] = {}
     for k in range(a.fake_updates):
-        metrics |= update_fake(a, cycle, f"fake.{k}")
+        for key, value in update_fake(a, cycle, f"fake.{k}").items():
+            seen.setdefault(key, []).append(value)
+    metrics |= {key: sum(values) / len(values) for key, values in seen.items()}
     watch.lap("fake")
 
     error: Exception | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -36,6 +37,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The file's whole lines; one that is still being written is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         if line.endswith("\n"):
-            yield json.loads(line)
+            # A line torn by a crash and run into the next is lost, and nothing else is.
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)

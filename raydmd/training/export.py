@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from raydmd import __version__
+from raydmd.errors import RunFailed
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts, Family
+from raydmd.recipe import Dmd2
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
 from raydmd.training.worker import STUDENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from raydmd.methods.rollout import Solver
     from raydmd.recipe import Recipe
 
 
@@ -31,9 +35,10 @@ def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Deno
         if lora is not None:
             add_adapter(denoiser, lora, seed=recipe.seed)
         state = load_file(file)
-        unknown = denoiser.network.load_state_dict(state, strict=False).unexpected_keys
-        if unknown:
-            raise RuntimeError(f"{file} has weights that {family} does not know: {unknown[:3]}")
+        wanted = {n for n, _ in denoiser.network.named_parameters() if lora is None or "lora_" in n}
+        if wanted != set(state):
+            raise RunFailed(f"{file} does not hold this student's weights: {sorted(wanted ^ set(state))[:3]} differ")
+        denoiser.network.load_state_dict(state, strict=False)
         found[expert] = denoiser.eval().requires_grad_(False)
     return found
 
@@ -73,13 +78,21 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
         steps=recipe.method.steps,
         shift=recipe.method.shift,
         boundary=routing.boundaries[0] if routing.boundaries else None,
+        stochastic=solver(recipe) == "renoise",
     )
     (pipeline / "README.md").write_text(_card(recipe, family), encoding="utf-8")
     return [*written, pipeline]
 
 
+def solver(recipe: Recipe) -> Solver:
+    """How the student was rolled out, and so how it is sampled."""
+    return recipe.method.solver if isinstance(recipe.method, Dmd2) else "euler"
+
+
 def _card(recipe: Recipe, family: Family) -> str:
     shape = family.shape()
+    # What was trained, and nothing of where: an address of a tracking server may hold a password.
+    shown = yaml.safe_dump(recipe.model_dump(mode="json", include={"seed", "method", "training"}), sort_keys=False)
     # A hub id is worth naming whole; a folder of this machine is not.
     base = Path(recipe.model.path).name if Path(recipe.model.path).exists() else recipe.model.path
     return f"""---
@@ -110,7 +123,7 @@ frames = pipe(
 <details><summary>Recipe</summary>
 
 ```yaml
-{recipe.to_yaml()}```
+{shown}```
 
 </details>
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,10 @@ from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
-from raydmd.training.export import export, load_student, student_experts
+from raydmd.training.export import export, load_student, solver, student_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from raydmd.models.base import Conditions, Experts, Family
     from raydmd.recipe import Recipe
@@ -97,46 +98,24 @@ def measure(
     unique = list(dict.fromkeys(texts))
     conditions = load_conditions(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
     rows = [1 + unique.index(t) for t in texts]
-    teacher = load_teacher(family, recipe.training.precision, device=device)
-    for module in student.modules.values():
-        module.to(device)
+    teacher = load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
+    if device.type == "cuda" and recipe.training.precision == "bf16":
+        for module in student.modules.values():
+            module.to(torch.bfloat16)
     full = step_grid(e.teacher_steps, m.shift)
     guided = Guidance(m.guidance if e.guidance is None else e.guidance)
     few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)
     plain = Guidance()
-    runs: list[tuple[str, str, Experts, list[float], Guidance, int]] = [
-        ("teacher", f"teacher, {e.teacher_steps} guided steps", teacher, full, guided, 0),
-        ("student", f"student, {m.steps} steps", student, few, plain, 0),
-        ("undistilled", f"undistilled, {m.steps} steps, unguided", teacher, few, plain, 0),
-        (
-            "undistilled_guided",
-            f"undistilled, {len(half) - 1} guided steps",
-            teacher,
-            half,
-            guided,
-            0,
-        ),
+    samplers = [
+        Sampler("teacher", f"teacher, {e.teacher_steps} guided steps", teacher, full, guided),
+        Sampler("undistilled", f"undistilled, {m.steps} steps, unguided", teacher, few, plain),
+        Sampler("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", teacher, half, guided),
+        Sampler("student", f"student, {m.steps} steps", student, few, plain, renoise=solver(recipe) == "renoise"),
     ]
     if judge is not None:
         # Distances are taken to clips from other noise: clips from the same noise are paired and seem nearer.
-        runs.append(("reference", "teacher, other seeds", teacher, full, guided, 1))
-    made = {
-        name: _samples(
-            name,
-            title,
-            family,
-            experts,
-            conditions,
-            rows,
-            texts,
-            grid,
-            guidance,
-            recipe,
-            salt,
-            device,
-        )
-        for name, title, experts, grid, guidance, salt in runs
-    }
+        samplers.insert(1, Sampler("reference", "teacher, other seeds", teacher, full, guided, salt=1))
+    made = {s.name: s.run(recipe, family, conditions, rows, texts, device) for s in samplers}
     others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
     if judge is not None:
         evaluation = evaluate(made["reference"], made["teacher"], others, judge)
@@ -148,40 +127,79 @@ def measure(
     return evaluation, [made[n].take(grid_rows) for n in ("teacher", best, "student")]
 
 
-def _samples(
-    name: str,
-    title: str,
-    family: Family,
-    experts: Experts,
-    conditions: Conditions,
-    rows: Sequence[int],
-    texts: list[str],
-    grid: list[float],
-    guidance: Guidance,
-    recipe: Recipe,
-    salt: int,
-    device: torch.device,
-) -> Samples:
-    clips, start = [], time.perf_counter()
-    for i in range(0, len(rows), recipe.evaluation.batch):
-        part = rows[i : i + recipe.evaluation.batch]
-        noise = evaluation_noise(recipe, family, range(i, i + len(part)), salt=salt).to(device)
-        cond, uncond = (conditions.rows(r).to(device).float() for r in (part, [0] * len(part)))
-        latents = sample(experts, noise, cond, uncond, grid=grid, guidance=guidance)
-        clips.append(family.decode(latents).cpu())
-    return Samples(
-        name=name,
-        title=title,
-        clips=torch.cat(clips),
-        prompts=texts,
-        evaluations=(len(grid) - 1) * (2 if guidance.active else 1),
-        seconds=(time.perf_counter() - start) / len(rows),
-    )
+@dataclass(frozen=True)
+class Sampler:
+    """One way to make the evaluation's clips.
+
+    Attributes:
+        name: key of its row.
+        title: what a reader sees.
+        experts: the network.
+        grid: its times.
+        guidance: its guidance.
+        salt: other noise for another number.
+        renoise: fresh noise between steps.
+    """
+
+    name: str
+    title: str
+    experts: Experts
+    grid: list[float]
+    guidance: Guidance
+    salt: int = 0
+    renoise: bool = False
+
+    def run(
+        self,
+        recipe: Recipe,
+        family: Family,
+        conditions: Conditions,
+        rows: Sequence[int],
+        texts: list[str],
+        device: torch.device,
+    ) -> Samples:
+        """Make a clip per row of the condition table; the network is on the device only meanwhile."""
+        for module in self.experts.modules.values():
+            module.to(device)
+        clips, start = [], time.perf_counter()
+        for i in range(0, len(rows), recipe.evaluation.batch):
+            part = rows[i : i + recipe.evaluation.batch]
+            draws = evaluation_draws(recipe, range(i, i + len(part)), salt=self.salt)
+            latent = family.shape().latent
+
+            def noise(name: str, draws: Draws = draws, latent: tuple[int, ...] = latent) -> Tensor:
+                return draws.normal(name, latent).to(device)
+
+            def fresh(step: int, noise: Callable[[str], Tensor] = noise) -> Tensor:
+                return noise(f"noise.{step}")
+
+            cond, uncond = (conditions.rows(r).to(device).float() for r in (part, [0] * len(part)))
+            latents = sample(
+                self.experts,
+                noise("noise"),
+                cond,
+                uncond,
+                grid=self.grid,
+                guidance=self.guidance,
+                fresh=fresh if self.renoise else None,
+            )
+            clips.append(family.decode(latents).cpu())
+        seconds = (time.perf_counter() - start) / len(rows)
+        for module in self.experts.modules.values():
+            module.to("cpu")
+        return Samples(
+            name=self.name,
+            title=self.title,
+            clips=torch.cat(clips),
+            prompts=texts,
+            evaluations=(len(self.grid) - 1) * (2 if self.guidance.active else 1),
+            seconds=seconds,
+        )
 
 
-def evaluation_noise(recipe: Recipe, family: Family, positions: Sequence[int], *, salt: int = 0) -> Tensor:
-    """The starting noise of evaluation samples, ``(len(positions), *latent)``, the same for every method."""
-    return Draws(recipe.evaluation.seed + salt, "evaluation", list(positions)).normal("noise", family.shape().latent)
+def evaluation_draws(recipe: Recipe, positions: Sequence[int], *, salt: int = 0) -> Draws:
+    """The random numbers of evaluation samples, the same for every method."""
+    return Draws(recipe.evaluation.seed + salt, "evaluation", list(positions))
 
 
 def contact_rows(texts: Sequence[str], count: int) -> list[int]:
@@ -193,7 +211,7 @@ def contact_rows(texts: Sequence[str], count: int) -> list[int]:
 def save_contact(recipe: Recipe, family: Family, student: Samples, rows: list[int]) -> None:
     """Write noise and frames of the student's rows beside the report."""
     tensors = {
-        "noise": evaluation_noise(recipe, family, rows),
+        "noise": evaluation_draws(recipe, rows).normal("noise", family.shape().latent),
         "frames": student.clips[rows].contiguous(),
     }
     prompts = json.dumps([student.prompts[i] for i in rows])

@@ -43,7 +43,8 @@ class MetricsFile(RayUserCallback):
         checkpoint: Checkpoint | None,
     ) -> None:
         """Write the mean over ranks of every number; counters are the same on all ranks or add up."""
-        row = {k: _over_ranks(k, [float(m[k]) for m in metrics if k in m]) for k in metrics[0]}
+        keys = dict.fromkeys(k for m in metrics for k in m)
+        row = {k: _over_ranks(k, [float(m[k]) for m in metrics if k in m]) for k in keys}
         row["time"] = time.time()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -64,7 +65,9 @@ class Follower:
         self._recipe = recipe
         self._tracker = tracker
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._seen = sum(1 for _ in read_lines(self._path))
+        # From the first row, though most may be from before a resume: the tracker knows what it has.
+        self._seen = 0
+        self._start = time.time()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="raydmd-follow", daemon=True)
         self._rates: list[tuple[float, float]] = []
@@ -97,7 +100,7 @@ class Follower:
     def _read(self, live: Live | None) -> None:
         rows = list(read_lines(self._path))[self._seen :]
         self._seen += len(rows)
-        shown = [r for r in rows if "fake/loss" in r]
+        shown = [r for r in rows if "fake/loss" in r and r["time"] >= self._start]
         for row in shown:
             self._rates = [*self._rates[-20:], (row["time"], row["cycle"])]
         if shown:

@@ -14,7 +14,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
-from raydmd.errors import RaydmdError
+from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.serving.local import LocalTeacher
 from raydmd.serving.pool_client import ClientSpec, PoolClient
@@ -106,7 +106,7 @@ def train_loop(config: LoopConfig) -> None:
     )
     try:
         Worker(job, teacher_client(c, job, session), session, events).run()
-    except RaydmdError as error:
+    except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
 
 

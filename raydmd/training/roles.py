@@ -31,7 +31,8 @@ class TrainedRole:
 
     Args:
         name: for messages and checkpoint keys.
-        experts: every expert of the role, on its device; those not in ``trained`` are frozen.
+        experts: every expert of the role; those not in ``trained`` are frozen. On the device, but for FSDP,
+            which takes them there block by block.
         trained: experts whose parameters move in this phase.
         finished: experts that earlier phases trained; they belong in the checkpoint.
         settings: optimizer and adapters.
@@ -90,7 +91,8 @@ class TrainedRole:
         modules: dict[str, nn.Module] = dict(experts)
         if sharding == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
             for expert in trained:
-                # One bucket: its reduction order, and so the last bit, does not depend on timing.
+                # One bucket, so that the order of sums does not depend on timing (shown for two ranks, where
+                # addition commutes; a ring of more may differ in the last bit after a resume).
                 modules[expert] = DistributedDataParallel(
                     experts[expert],
                     broadcast_buffers=False,
@@ -127,7 +129,8 @@ class TrainedRole:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"the {self.name}'s gradient is {norm} in {where} (loss here {float(loss.detach()):g}); no parameter "
-                f"moved. Lower training.{self.name}.rate or raise method.normaliser_floor, then resume"
+                f"moved. Start anew under another --name with a lower training.{self.name}.rate or a higher "
+                "method.normaliser_floor"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,11 +146,20 @@ class TrainedRole:
     @torch.no_grad()
     def settle(self) -> None:
         """Put the moving average in place of the parameters: what later phases build on is what is exported."""
+        self.reshard()
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
 
+    def reshard(self) -> None:
+        """Free what FSDP has gathered, so that parameters are the fp32 masters again."""
+        for denoiser in self.denoisers.values():
+            for module in denoiser.network.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything of this role that a checkpoint needs, by a stable name; loaded in place."""
+        self.reshard()
         found = {f"{self.name}.{n}": p for n, p in self._kept_parameters()}
         for name, p in self.parameters.items():
             found |= {f"{self.name}.optimizer.{name}.{k}": v for k, v in self.optimizer.state[p].items()}
@@ -183,10 +195,14 @@ def _select(denoiser: Denoiser, *, train: bool, lora: bool) -> None:
 def _shard(denoiser: Denoiser, precision: str) -> None:
     """FSDP2, per block; the network's own list says what a block is."""
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        # Casting inputs would round the timestep: bf16 knows no number between 936 and 940.
+        cast_forward_inputs=False,
     )
     blocks = set(denoiser.network._no_split_modules or ())
     for module in denoiser.network.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=policy)
-    fully_shard(denoiser.network, mp_policy=policy)
+    # A root that stays gathered after a forward without backward would show bf16 copies to a checkpoint.
+    fully_shard(denoiser.network, mp_policy=policy, reshard_after_forward=True)

@@ -23,6 +23,7 @@ import yaml
 
 from raydmd import __version__
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
+from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
 from raydmd.serving.pool import TeacherPool
@@ -69,6 +70,10 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             f"method.boundaries makes {experts} phases with an expert each, "
             f"but a student of this family holds at most {family.max_experts}"
         )
+    try:
+        build_method(recipe.method, family.routing(), family.process, family.prediction)
+    except ValueError as error:
+        raise InputError(f"method: {error}") from None
     prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
     folder = recipe.folder
     with locked(folder):
@@ -85,10 +90,10 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             tracker = Tracker.open(recipe, versions())
             conditions = family.encode(prompts, (recipe.data.cache or folder / "conditions").absolute())
             try:
-                checkpoint = train(recipe, family.shape().latent, conditions, tracker, max_cycles)
+                # A run that was trained but not evaluated goes on from there.
+                checkpoint = trained(folder) or train(recipe, family.shape().latent, conditions, tracker, max_cycles)
                 figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
-                tracker.results(figures, artifacts)
-                tracker.end("FINISHED")
+                publish(tracker, figures, artifacts)
             except RunStopped:
                 tracker.end("KILLED")
                 raise
@@ -98,6 +103,15 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         finally:
             ray.shutdown()
     return DONE
+
+
+def publish(tracker: Tracker, figures: dict[str, float], artifacts: list[Path]) -> None:
+    """Hand the results to MLflow; a server that is away does not undo a finished run."""
+    try:
+        tracker.results(figures, artifacts)
+        tracker.end("FINISHED")
+    except Exception as error:  # whatever the client raises, the results are on disk
+        print(f"tracking: the results did not reach MLflow ({type(error).__name__}: {error}); they are in result.json")
 
 
 def quiet() -> None:
@@ -142,12 +156,16 @@ def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tr
                 num_workers=p.workers, use_gpu=p.worker_gpus > 0, resources_per_worker=resources
             ),
             torch_config=ray.train.torch.TorchConfig(
-                backend="nccl" if p.worker_gpus else "gloo", timeout_s=int(t.step_timeout)
+                backend="nccl" if p.worker_gpus else "gloo",
+                timeout_s=int(t.step_timeout) + 180,  # so that a late teacher is told before a late rank
             ),
             run_config=ray.train.RunConfig(
                 name="train",
                 storage_path=str(folder),
-                failure_config=ray.train.FailureConfig(max_failures=t.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=t.max_failures,
+                    controller_failure_limit=t.max_failures,  # type: ignore[call-arg]  # typed as v1
+                ),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
                 callbacks=[MetricsFile(folder / "metrics.jsonl")],  # type: ignore[list-item]  # typed as Tune's
             ),
@@ -199,7 +217,13 @@ def finish(
     facts = {**versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     reference = task.remote(recipe, str(checkpoint), prompts, facts, time.monotonic() - started)
     print("exporting and evaluating ...", flush=True)
-    figures, artifacts, table = ray.get(reference)
+    try:
+        figures, artifacts, table = ray.get(reference, timeout=recipe.evaluation.timeout)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunFailed(
+            f"export and evaluation took more than evaluation.timeout={recipe.evaluation.timeout:g} s; "
+            "the trained student is kept, the same command evaluates it again"
+        ) from error
     print(table)
     print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
     return figures, [Path(a) for a in artifacts]
@@ -250,6 +274,11 @@ def stop_on_signals(folder: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def trained(folder: Path) -> Path | None:
+    """The final checkpoint, if training is done."""
+    return next((p.parent for p in (folder / "train").glob("*-final/progress.json")), None)
 
 
 def finished(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from raydmd.errors import RaydmdError, RunFailed
+from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
 from raydmd.training import checkpoint
 from raydmd.training.cycle import Actors, train_cycle, update_fake
@@ -97,6 +97,7 @@ class Worker:
             )
         )
         self.cycle = 0
+        self._written = False
         self.student: TrainedRole
         self.fake: TrainedRole
 
@@ -107,7 +108,7 @@ class Worker:
             ``finished`` or ``stopped``.
 
         Raises:
-            RaydmdError: on all ranks alike; nothing that was computed is lost.
+            NonFiniteError: or RunFailed, on all ranks alike; the last checkpoint stays.
         """
         fresh = self._restore()
         while self.cycle < self.plan.cycles:
@@ -118,10 +119,12 @@ class Worker:
             if fresh:
                 self._warm_up(actors)
             fresh = self._train(phase, actors)
+            del actors  # or the old fake score would stay beside the next phase's
             if self._stopping():
                 self.events.write("stopped", cycle=self.cycle)
                 return "stopped"
-        self._save(student=True)
+        if not self._written:
+            self._save(student=True)
         self.events.write("finished", cycle=self.cycle)
         return "finished"
 
@@ -132,23 +135,22 @@ class Worker:
     def _train(self, phase: Phase, actors: Actors) -> bool:
         """Run cycles until the phase ends or the run must stop; returns whether the phase ended."""
         training = self.recipe.training
-        end, sums, count = self.plan.ends[phase.index], dict[str, float](), 0
+        end, seen = self.plan.ends[phase.index], dict[str, list[float]]()
         while self.cycle < end:
             factor = self.plan.rate(self.cycle)
             rate = self.student.set_rate(factor)
             self.fake.set_rate(factor)
             metrics = train_cycle(actors, self.cycle)
             self.cycle += 1
-            count += 1
             for key, value in metrics.items():
-                sums[key] = sums.get(key, 0.0) + value
+                seen.setdefault(key, []).append(value)
             stop = self._stopping()
             save = self.cycle % training.checkpoint_every == 0 or stop
             if self.cycle % training.report_every == 0 or save or self.cycle == end:
-                means = {k: v / count for k, v in sums.items()}
+                means = {k: sum(v) / len(v) for k, v in seen.items()}
                 row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means}
                 row |= {"cycles": self.plan.cycles, "teacher/retries": self.teacher.retries}
-                sums, count = {}, 0
+                seen = {}
                 if save and self.cycle < end:
                     self._save(row)
                 else:
@@ -172,6 +174,7 @@ class Worker:
             self.cycle = progress.cycle
             self._enter(self.method.phases[progress.phase], {})
             checkpoint.load(folder, self.state())
+            self._written = (folder / STUDENT).is_dir()
             self.events.write("resume", cycle=self.cycle, phase=progress.phase, world=self.session.world)
             return self.cycle >= self.plan.ends[progress.phase] and self.cycle < self.plan.cycles
 
@@ -181,6 +184,7 @@ class Worker:
         routing = student_routing(recipe.method, self.routing)
         finished = tuple(e for p in m.phases[: phase.index] for e in p.student)
         needed = tuple(dict.fromkeys((*finished, *phase.student)))
+        self.fake = self.student = None  # type: ignore[assignment]  # their memory is needed for the next ones
         student = {e: students.get(e) or self._student_expert(e) for e in needed}
         self.student = self._role("student", student, phase.student, finished, training.student, routing)
         fake = {e: self._expert(e, training.fake) for e in phase.fake_experts}
@@ -191,16 +195,15 @@ class Worker:
 
     def _expert(self, source: str, settings: Role) -> Denoiser:
         training = self.recipe.training
-        bf16 = training.precision == "bf16"
-        # FSDP gathers in bf16 by itself; without it autocast does, over fp32 masters.
-        autocast = torch.bfloat16 if bf16 and training.sharding == "ddp" else torch.float32
+        autocast = torch.bfloat16 if training.precision == "bf16" else torch.float32
         denoiser = self.family.denoiser(source, dtype=torch.float32, autocast=autocast)
         if settings.lora is not None:
             add_adapter(denoiser, settings.lora, seed=self.recipe.seed)
         if training.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         denoiser.train()
-        return denoiser.to(self.session.device)
+        sharded = training.sharding == "fsdp" and dist.is_initialized()
+        return denoiser if sharded else denoiser.to(self.session.device)
 
     def _role(
         self,
@@ -240,6 +243,7 @@ class Worker:
 
     def _warm_up(self, actors: Actors) -> None:
         warm = Actors(**{**vars(actors), "stream": self._warmup_stream})
+        self.fake.set_rate(self.plan.rate(self.cycle))
         for k in range(self.recipe.training.fake_warmup):
             update_fake(warm, actors.phase.index, f"warmup.{k}")
 
@@ -277,23 +281,26 @@ class Worker:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not flag:
             return
-        mine = None if error is None else (isinstance(error, RaydmdError), type(error).__name__, str(error))
+        mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
         everyone: list[tuple[bool, str, str] | None] = [None] * self.session.world
         dist.all_gather_object(everyone, mine)
-        if error is not None:
-            raise error
         text = "; ".join(f"rank {r}: {e[1]}: {e[2]}" for r, e in enumerate(everyone) if e)
-        raise RunFailed(text)
+        if all(e[0] for e in everyone if e):
+            raise error or RunFailed(text)
+        # Somebody's error may pass: every rank leaves the same way, and Ray Train restarts them all.
+        raise RuntimeError(text) from error
 
 
 def write_student(folder: Path, role: TrainedRole, *, rank: int) -> None:
     """Gather the student's weights and write them on rank 0: full, or its adapters."""
+    role.reshard()
     for expert, denoiser in role.denoisers.items():
         found = {}
         for name, p in denoiser.network.named_parameters():
             if role.settings.lora is None or "lora_" in name:
                 whole = p.full_tensor() if isinstance(p, DTensor) else p
-                found[name] = whole.detach().cpu().contiguous()
+                if rank == 0:
+                    found[name] = whole.detach().cpu().contiguous()
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(found, folder / f"{expert}.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from raydmd.training.export import export, load_student, student_experts
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 from tests.pipelines import wan_pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.local
 PROMPTS = ["a cat runs", "a dog jumps", "a cat jumps"]
