@@ -214,6 +214,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def usage(self, *, steps: int) -> str:
+        """Python that samples an exported student with stock diffusers, for its model card."""
+
+    @abstractmethod
     def export_lora(
         self,
         folder: Path,

@@ -227,6 +227,21 @@ class Wan(Family):
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
 
+    def usage(self, *, steps: int) -> str:
+        """See :class:`~raydmd.models.base.Family`."""
+        return f"""from diffusers import WanPipeline
+
+pipe = WanPipeline.from_pretrained("this/folder")
+frames = pipe(
+    "your prompt",
+    num_inference_steps={steps},
+    guidance_scale=1.0,
+    num_frames={self._shape.frames},
+    height={self._shape.height},
+    width={self._shape.width},
+    max_sequence_length={self.text_length()},
+).frames"""
+
     def export_lora(
         self,
         folder: Path,

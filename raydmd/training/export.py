@@ -90,7 +90,6 @@ def solver(recipe: Recipe) -> Solver:
 
 
 def _card(recipe: Recipe, family: Family) -> str:
-    shape = family.shape()
     # What was trained, and nothing of where: an address of a tracking server may hold a password.
     shown = yaml.safe_dump(recipe.model_dump(mode="json", include={"seed", "method", "training"}), sort_keys=False)
     # A hub id is worth naming whole; a folder of this machine is not.
@@ -106,18 +105,7 @@ A {recipe.method.steps}-step student of `{base}`, distilled with
 {recipe.method.steps} steps: the scheduler in this folder walks the student's own times.
 
 ```python
-from diffusers import WanPipeline
-
-pipe = WanPipeline.from_pretrained("this/folder")
-frames = pipe(
-    "your prompt",
-    num_inference_steps={recipe.method.steps},
-    guidance_scale=1.0,
-    num_frames={shape.frames},
-    height={shape.height},
-    width={shape.width},
-    max_sequence_length={family.text_length()},
-).frames
+{family.usage(steps=recipe.method.steps)}
 ```
 
 <details><summary>Recipe</summary>
