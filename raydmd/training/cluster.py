@@ -12,9 +12,12 @@ import ray
 from raydmd.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from raydmd.recipe import Recipe
+
+
+EPSILON = 1e-9
 
 
 def connect() -> None:
@@ -47,43 +50,63 @@ def lasting(output: Path) -> Path:
     return output if output.is_absolute() else (Path.home() / "raydmd" if in_job else Path.cwd()) / output
 
 
-def demands(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """What each kind of process asks for, summed over its copies."""
-    p = recipe.placement
-    wanted = {
-        f"{p.workers} x worker": _sum(p.workers, p.worker_cpus, p.worker_gpus, p.worker_resources),
-    }
-    if p.teacher == "remote":
-        wanted[f"{p.teachers} x teacher"] = _sum(p.teachers, p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
-    return wanted
-
-
-def check_room(recipe: Recipe, available: Mapping[str, float]) -> None:
+def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
     """Refuse a run that the cluster has no room for.
 
     Args:
         recipe: the run.
-        available: what the cluster has, as ``ray.cluster_resources()`` says.
+        nodes: resources of each living node, see :func:`living_nodes`.
 
     Raises:
-        InputError: with the table of what is asked and what is there.
+        InputError: with the table of what is asked and what is there; also where the sum would do and no node
+            is large enough for one of the processes.
     """
-    wanted = demands(recipe)
-    names = sorted({name for row in wanted.values() for name in row})
-    total = {n: sum(row.get(n, 0.0) for row in wanted.values()) for n in names}
-    short = [n for n in names if total[n] > available.get(n, 0.0) + 1e-9]
-    if not short:
+    p = recipe.placement
+    bundles = {"worker": _bundle(p.worker_cpus, p.worker_gpus, p.worker_resources)}
+    copies = {"worker": p.workers}
+    if p.teacher == "remote":
+        bundles["teacher"] = _bundle(p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
+        copies["teacher"] = p.teachers
+    if (homeless := _pack(bundles, copies, nodes)) is None:
         return
-    width = max(len(r) for r in (*wanted, "asked in all", "there is"))
+    rows = {f"{n} x {kind}": {k: n * v for k, v in bundles[kind].items()} for kind, n in copies.items()}
+    names = sorted({name for row in rows.values() for name in row})
+    rows["asked in all"] = {n: sum(row.get(n, 0.0) for row in rows.values()) for n in names}
+    rows["there is"] = {n: sum(node.get(n, 0.0) for node in nodes) for n in names}
+    if len(nodes) > 1:
+        rows["largest node"] = {n: max(node.get(n, 0.0) for node in nodes) for n in names}
+    width = max(map(len, rows))
     lines = [" " * width + "".join(f"{n:>12}" for n in names)]
-    for title, row in (*wanted.items(), ("asked in all", total), ("there is", dict(available))):
-        lines.append(f"{title:<{width}}" + "".join(f"{row.get(n, 0.0):>12g}" for n in names))
+    lines += [f"{title:<{width}}" + "".join(f"{row.get(n, 0.0):>12g}" for n in names) for title, row in rows.items()]
+    short = [n for n in names if rows["asked in all"][n] > rows["there is"][n] + EPSILON]
+    what = f"too little {', '.join(short)}" if short else f"no node with room for another {homeless}"
     raise InputError(
-        f"the cluster has too little {', '.join(short)} for this run:\n" + "\n".join(lines) + "\n"
+        f"the cluster has {what} for this run:\n" + "\n".join(lines) + "\n"
         "use fewer --workers or --teachers, smaller placement.worker_cpus or placement.teacher_cpus, or more nodes"
     )
 
 
-def _sum(count: int, cpus: float, gpus: float, resources: Mapping[str, float]) -> dict[str, float]:
-    row = {"CPU": count * cpus, "GPU": count * gpus} | {n: count * v for n, v in resources.items()}
-    return {n: v for n, v in row.items() if v}
+def living_nodes() -> list[dict[str, float]]:
+    """Resources of every living node of the cluster we are connected to."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _pack(
+    bundles: Mapping[str, Mapping[str, float]], copies: Mapping[str, int], nodes: Sequence[Mapping[str, float]]
+) -> str | None:
+    """Place every process on a node, the greediest kind first; returns the kind that found no place."""
+    free = [dict(node) for node in nodes]
+    for kind in sorted(bundles, key=lambda k: (bundles[k].get("GPU", 0.0), bundles[k].get("CPU", 0.0)), reverse=True):
+        for _ in range(copies[kind]):
+            fits = (n for n in free if all(n.get(k, 0.0) >= v - EPSILON for k, v in bundles[kind].items()))
+            # The tightest node first, or a large bundle later would find every node begun.
+            node = min(fits, key=lambda n: (n.get("GPU", 0.0), n.get("CPU", 0.0)), default=None)
+            if node is None:
+                return kind
+            for k, v in bundles[kind].items():
+                node[k] -= v
+    return None
+
+
+def _bundle(cpus: float, gpus: float, resources: Mapping[str, float]) -> dict[str, float]:
+    return {n: v for n, v in {"CPU": cpus, "GPU": gpus, **resources}.items() if v}

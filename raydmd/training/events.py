@@ -35,10 +35,19 @@ class EventLog:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The file's whole lines; one that is still being written is left out."""
+    yield from read_from(path, 0)[0]
+
+
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines that begin at byte ``offset`` or later, and the offset to go on from."""
     if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if line.endswith("\n"):
-            # A line torn by a crash and run into the next is lost, and nothing else is.
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole, _, _ = file.read().rpartition(b"\n")
+    rows = []
+    for line in whole.splitlines():
+        # A line torn by a crash and run into the next is lost, and nothing else is.
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            rows.append(json.loads(line))
+    return rows, offset + len(whole) + bool(whole)

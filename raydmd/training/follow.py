@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raydmd.training.events import read_lines
+from raydmd.training.events import read_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,7 @@ class Follower:
         self._tracker = tracker
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         # From the first row, though most may be from before a resume: the tracker knows what it has.
-        self._seen = 0
+        self._offset = 0
         self._start = time.time()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="raydmd-follow", daemon=True)
@@ -98,8 +98,8 @@ class Follower:
             self._read(live)
 
     def _read(self, live: Live | None) -> None:
-        rows = list(read_lines(self._path))[self._seen :]
-        self._seen += len(rows)
+        before = self._offset
+        rows, self._offset = read_from(self._path, before)
         shown = [r for r in rows if "fake/loss" in r and r["time"] >= self._start]
         for row in shown:
             self._rates = [*self._rates[-20:], (row["time"], row["cycle"])]
@@ -114,7 +114,7 @@ class Follower:
             self._tracker.log([{k: v for k, v in r.items() if k != "time"} for r in rows])
         except Exception as error:  # the rows are kept in the file; the next reading tries again
             self._console.print(f"tracking: {type(error).__name__}: {error}; will try again")
-            self._seen -= len(rows)
+            self._offset = before
             self._done.wait(5.0)
 
 

@@ -28,7 +28,7 @@ from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
 from raydmd.serving.pool import TeacherPool
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.cluster import check_room, connect, lasting
+from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.events import read_lines
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.prompts import read_prompts
@@ -84,7 +84,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         start = time.monotonic()
         connect()
         try:
-            check_room(recipe, dict(ray.cluster_resources()))  # type: ignore[no-untyped-call]
+            check_room(recipe, living_nodes())
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (folder / "STOP").unlink(missing_ok=True)
             tracker = Tracker.open(recipe, versions())

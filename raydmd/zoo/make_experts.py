@@ -53,16 +53,19 @@ def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 
 def build_expert() -> WanTransformer3DModel:
-    """An untrained expert: 12 tokens per clip, about a fifth of a million parameters."""
+    """An untrained expert: 12 tokens per clip, about half a million parameters.
+
+    A token is a patch of 64 numbers, most of them noise: a network of that width has no room beside them.
+    """
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=4,
+        num_attention_heads=6,
         attention_head_dim=16,
         in_channels=16,
         out_channels=16,
         text_dim=TEXT_DIM,
         freq_dim=64,
-        ffn_dim=192,
+        ffn_dim=256,
         num_layers=3,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",

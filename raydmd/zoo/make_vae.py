@@ -8,6 +8,7 @@ clips span +-0.8 because decode clamps at +-1, and the mode plus a little noise 
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -122,14 +123,5 @@ def encode_clips(vae: AutoencoderKLWan, world: World, *, count: int, seed: int) 
     return torch.cat(latents), [c.text for c in captions], torch.cat(labels)
 
 
-def _edges(out: Tensor, clips: Tensor) -> Tensor:
-    return sum(
-        ((out.diff(dim=d) - clips.diff(dim=d)).abs().mean() for d in (2, 3, 4)),
-        start=out.new_zeros(()),
-    )
-
-
 def _psnr(mse: list[float]) -> float:
-    import math
-
     return 10 * math.log10(4 / (sum(mse) / len(mse)))

@@ -1,6 +1,6 @@
 """Make ``wan22-tiny``: a trained two-expert WanPipeline of moving Fashion-MNIST items.
 
-    python -m raydmd.zoo.make_wan22_tiny --work /tmp/wan22-tiny --minutes 60
+    python -m raydmd.zoo.make_wan22_tiny --work /tmp/wan22-tiny --minutes 90
 
 Needs Debian's package ``dataset-fashion-mnist``. Stages keep their results in ``--work`` and are not
 repeated: autoencoder, its decoder alone, experts with text encoder, judge. The result goes to
@@ -31,7 +31,7 @@ from raydmd.zoo.make_vae import (
 from raydmd.zoo.world import FRAMES, SIZE, World, sample_captions
 
 TARGET = Path(__file__).parent / "data" / "wan22-tiny"
-SHARES = {"vae": 0.45, "decoder": 0.25, "experts": 0.2, "judge": 0.1}
+SHARES = {"vae": 0.28, "decoder": 0.16, "experts": 0.5, "judge": 0.06}
 CLIPS = 12_288
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Run the stages that are not done yet and write the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results")
-    parser.add_argument("--minutes", type=float, default=60.0, help="wall time for all stages (default 60)")
+    parser.add_argument("--minutes", type=float, default=90.0, help="wall time for all stages (default 90)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--target", type=Path, default=TARGET)

@@ -9,6 +9,7 @@ from raydmd.errors import InputError
 from raydmd.models.base import Conditions
 from raydmd.recipe import Placement, Recipe, Training, derive
 from raydmd.training.cluster import check_room
+from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan
 from raydmd.training.prompts import read_prompts
 from raydmd.training.stream import Stream
@@ -79,11 +80,37 @@ def test_prompt_files(tmp_path):
 
 def test_a_cluster_without_room_is_refused_with_the_table():
     recipe = Recipe(training=Training(batch=64), placement=Placement(workers=4, worker_cpus=1, teachers=2))
-    check_room(recipe, {"CPU": 5.0})
+    check_room(recipe, [{"CPU": 5.0}])
     with pytest.raises(InputError, match=r"(?s)too little CPU.*4 x worker.*4.*2 x teacher.*1.*there is +3"):
-        check_room(recipe, {"CPU": 3.0})
+        check_room(recipe, [{"CPU": 3.0}])
     with pytest.raises(InputError, match="too little trainer"):
-        check_room(derive(recipe, {"placement.worker_resources": {"trainer": 1}}), {"CPU": 8.0})
+        check_room(derive(recipe, {"placement.worker_resources": {"trainer": 1}}), [{"CPU": 8.0}])
+
+
+def test_room_is_counted_per_node_not_in_sum():
+    recipe = Recipe(
+        training=Training(batch=64), placement=Placement(workers=2, worker_cpus=3, teachers=1, teacher_cpus=2)
+    )
+    check_room(recipe, [{"CPU": 5.0}, {"CPU": 3.0}])
+    with pytest.raises(InputError, match=r"(?s)no node with room for another worker.*there is +8.*largest node +4"):
+        check_room(recipe, [{"CPU": 4.0}, {"CPU": 2.0}, {"CPU": 2.0}])
+    with pytest.raises(InputError, match="no node with room for another teacher"):
+        check_room(recipe, [{"CPU": 4.0}, {"CPU": 4.0}])
+
+
+def test_a_file_that_grows_is_read_on_from_where_it_was(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    assert read_from(file, 0) == ([], 0)
+    file.write_text('{"a": 1}\n{"a": ')
+    rows, offset = read_from(file, 0)
+    assert rows == [{"a": 1}]
+    assert offset == 9
+    assert read_from(file, offset) == ([], offset)
+    with file.open("a") as f:
+        f.write('2}\ntorn\n{"a": 3}\n')
+    rows, offset = read_from(file, offset)
+    assert rows == [{"a": 2}, {"a": 3}]
+    assert offset == file.stat().st_size
 
 
 def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_path):
