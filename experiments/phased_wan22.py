@@ -7,12 +7,13 @@ weights with the paper's settings.
 from pathlib import Path
 
 from raydmd.cli import experiment
-from raydmd.recipe import Lora, Model, Phased, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe_method import Method
 
 PAPER = Recipe(
     name="phased-wan22",
     model=Model(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", frames=81, height=480, width=832),
-    method=Phased(steps=4, shift=5.0, boundaries=(0.875,), guidance=4.0),
+    method=Method(name="phased", steps=4, shift=5.0, boundaries=(0.875,), guidance=4.0),
     training=Training(
         cycles=1000,
         batch=64,

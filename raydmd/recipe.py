@@ -7,46 +7,21 @@ combinations that cannot work are refused with the key and what is allowed.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from raydmd import recipe_io as io
 from raydmd.errors import InputError
-from raydmd.process import step_grid
+from raydmd.recipe_method import PRESETS, Method
+from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Below1 = Annotated[float, Field(ge=0, lt=1)]
-Word = Annotated[str, Field(min_length=1)]
-
-
-def _ordered(times: tuple[float, float]) -> None:
-    if not times[0] < times[1]:
-        raise ValueError(f"times must rise, given {list(times)}")
-
-
-FLOOR = 1e-3
-
-
-def _floor_is_used(normaliser: str, floor: float) -> None:
-    if normaliser == "none" and floor != FLOOR:
-        raise ValueError(f"normaliser_floor={floor} does nothing with normaliser=none; leave it out")
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, no unknown keys, defaults are checked too."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class Model(Section):
@@ -71,70 +46,6 @@ class Data(Section):
     """A text file, one prompt a line; default: the zoo's own."""
     cache: Path | None = None
     """Where encoded prompts are kept; default: ``conditions`` beside the run."""
-
-
-class Phased(Section):
-    """Phased DMD (arXiv:2510.27684): one expert per phase, matched at the phase's end."""
-
-    name: Literal["phased"] = "phased"
-    steps: Count = 4
-    shift: Positive = 5.0
-    boundaries: tuple[float, ...] = (0.875,)
-    """Noise levels that end each phase but the last, falling. Phase k renoises above its own."""
-    guidance: NonNegative = 4.0
-    """Of the teacher; ``uncond + scale * (cond - uncond)``."""
-    times: tuple[Fraction, Fraction] = (0.02, 0.98)
-    """Where distribution matching renoises, before the shift."""
-    normaliser: Literal["distance", "none"] = "distance"
-    """``distance``: over the sample's mean ``|x - D_real|`` (DMD2). ``none``: the paper's."""
-    normaliser_floor: NonNegative = FLOOR
-    fake_weight_cap: Positive = 10.0
-    """Cap on ``1 / sigma_{t|s}^2`` in the fake score's loss (eq. 13)."""
-    fake_shift: Positive | None = None
-    """Shift of the fake score's times; default: ``shift``."""
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if any(not 0 < b < 1 for b in self.boundaries):
-            raise ValueError(f"boundaries must lie strictly between 0 and 1, given {list(self.boundaries)}")
-        if list(self.boundaries) != sorted(set(self.boundaries), reverse=True):
-            raise ValueError(f"boundaries must fall, given {list(self.boundaries)}")
-        grid = step_grid(self.steps, self.shift)[:-1]
-        edges = (float("inf"), *self.boundaries, 0.0)
-        for k, (upper, lower) in enumerate(pairwise(edges), start=1):
-            if not any(lower <= t < upper for t in grid):
-                times = ", ".join(f"{t:.4f}" for t in grid)
-                raise ValueError(
-                    f"steps={self.steps} at shift={self.shift} gives no step to phase {k} of "
-                    f"{len(edges) - 1}: its times are {times}, "
-                    f"boundaries are {list(self.boundaries)}. "
-                    "Use more steps, another shift or fewer boundaries"
-                )
-        _ordered(self.times)
-        _floor_is_used(self.normaliser, self.normaliser_floor)
-        return self
-
-
-class Dmd2(Section):
-    """DMD2 without its GAN (arXiv:2405.14867): backward simulation, one exit step for all ranks."""
-
-    name: Literal["dmd2"] = "dmd2"
-    steps: Count = 4
-    shift: Positive = 5.0
-    guidance: NonNegative = 4.0
-    times: tuple[Fraction, Fraction] = (0.02, 0.98)
-    solver: Literal["renoise", "euler"] = "renoise"
-    """Between steps, in training, in evaluation and in the exported scheduler: fresh noise on the predicted
-    x0 (DMD2), or deterministic Euler."""
-    normaliser: Literal["distance", "none"] = "distance"
-    normaliser_floor: NonNegative = FLOOR
-    fake_shift: Positive | None = None
-
-    @model_validator(mode="after")
-    def _times_rise(self) -> Self:
-        _ordered(self.times)
-        _floor_is_used(self.normaliser, self.normaliser_floor)
-        return self
 
 
 class Lora(Section):
@@ -207,9 +118,9 @@ class Placement(Section):
     teacher_cpus: Positive = 0.5
     worker_gpus: NonNegative = 0.0
     teacher_gpus: NonNegative = 0.0
-    worker_resources: dict[str, Positive] = {}
+    worker_resources: dict[str, Positive] = Field(default_factory=dict)
     """Custom resources of the trainers' nodes, e.g. ``{trainer: 1}``."""
-    teacher_resources: dict[str, Positive] = {}
+    teacher_resources: dict[str, Positive] = Field(default_factory=dict)
     threads: Count = 1
     """CPU threads of each worker and replica."""
     batch_items: Count = 64
@@ -265,7 +176,7 @@ class Recipe(Section):
     """Bit-identical repeats: requests not batched, deterministic kernels, routing by hash."""
     model: Model = Model()
     data: Data = Data()
-    method: Annotated[Phased | Dmd2, Field(discriminator="name")] = Phased()
+    method: Method = Method()
     training: Training = Training()
     placement: Placement = Placement()
     tracking: Tracking = Tracking()
@@ -277,7 +188,14 @@ class Recipe(Section):
             raise ValueError(
                 f"training.batch={self.training.batch} does not divide over placement.workers={self.placement.workers}"
             )
-        phases = len(self.method.boundaries) + 1 if isinstance(self.method, Phased) else 1
+        if adapt := self.method.adapt:
+            share = self.training.batch // self.placement.workers
+            if share % adapt.group:
+                raise ValueError(
+                    f"method.adapt.group={adapt.group} does not divide the {share} samples that each of "
+                    f"placement.workers={self.placement.workers} has of training.batch={self.training.batch}"
+                )
+        phases = len(self.method.boundaries) + 1
         split = self.training.phase_split
         if split is not None and len(split) != phases:
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
@@ -305,7 +223,7 @@ def derive(parent: Recipe, changes: Mapping[str, Any]) -> Recipe:
             values that cannot work.
     """
     tree = parent.model_dump(mode="python")
-    leaves = io.flatten(changes, whole=FREE)
+    leaves = io.flatten(changes, whole=_whole())
     # A method's name decides which of its keys exist, so it is set before them.
     for key in sorted(leaves, key=lambda k: k != "method.name"):
         _set(tree, key, leaves[key])
@@ -331,7 +249,7 @@ def load(path: Path, parent: Recipe) -> Recipe:
     Raises:
         InputError: if the file is missing, no YAML mapping, or not a valid change.
     """
-    changes = io.read_changes(path, whole=FREE)
+    changes = io.read_changes(path, whole=_whole())
     try:
         return derive(parent, changes)
     except InputError as error:
@@ -363,15 +281,14 @@ FREE = frozenset({"placement.worker_resources", "placement.teacher_resources"})
 
 
 @cache
-def _all_keys() -> dict[str, bool]:
-    return io.keys_of(Recipe)
+def _whole() -> frozenset[str]:
+    """Keys whose value may be a mapping as well as a number: it is read as one value."""
+    return FREE | io.mixed_keys(Recipe)
 
 
 @cache
-def _method_keys() -> dict[str, dict[str, bool]]:
-    """For each method by name: its dotted keys."""
-    methods = io.members(Recipe.model_fields["method"].annotation)
-    return {m.model_fields["name"].default: io.keys_of(m, "method.") for m in methods}
+def _all_keys() -> dict[str, bool]:
+    return io.keys_of(Recipe)
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -380,12 +297,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         hint = f"did you mean '{near}'?" if near else "'raydmd recipe' lists all keys"
         raise InputError(f"unknown recipe key '{key}'; {hint}")
     if key == "method.name" and value != tree["method"]["name"]:
-        # Another method starts from its own defaults; nothing of the same name is carried over.
-        tree["method"] = {"name": value}
+        # Another preset starts from its own settings; nothing of the same name is carried over.
+        tree["method"] = {"name": value, **copy.deepcopy(PRESETS.get(str(value), {}))}
         return
-    if key.startswith("method.") and isinstance(tree["method"], dict):
-        ours, methods = tree["method"]["name"], _method_keys()
-        if isinstance(ours, str) and ours in methods and key not in methods[ours]:
-            owners = " and ".join(f"'{m}'" for m, keys in methods.items() if key in keys)
-            raise InputError(f"key '{key}' belongs to method {owners}, this recipe's method is '{ours}'")
-    io.put(tree, key, value, whole=FREE)
+    io.put(tree, key, value, whole=_whole())

@@ -243,9 +243,25 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
     for name, field in section.model_fields.items():
         kinds = members(field.annotation)
         found[prefix + name] = str in kinds or Path in kinds
-        for inner in kinds:
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                found |= keys_of(inner, f"{prefix}{name}.")
+        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if any(k not in sections and k is not type(None) for k in kinds):
+            sections = []  # a number or a mapping: given whole
+        for inner in sections:
+            found |= keys_of(inner, f"{prefix}{name}.")
+    return found
+
+
+def mixed_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    """Keys of a section, and of those in it, that take a plain value as well as a mapping."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        kinds = [k for k in members(field.annotation) if k is not type(None)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if inner and len(inner) < len(kinds):
+            found.add(prefix + name)
+        else:
+            for k in inner:
+                found |= mixed_keys(k, f"{prefix}{name}.")
     return found
 
 
@@ -253,9 +269,7 @@ def explain(error: ValidationError) -> str:
     """A refusal in our words: each key, what is wrong with it, what was given."""
     lines = []
     for item in error.errors():
-        parts = [str(p) for p in item["loc"]]
-        # The discriminator's value stands in the location; the user never wrote it.
-        key = ".".join(p for i, p in enumerate(parts) if not (i == 1 and parts[0] == "method"))
+        key = ".".join(str(p) for p in item["loc"])
         message = str(item["msg"]).removeprefix("Value error, ")
         given = "" if isinstance(item["input"], dict) else f", given {item['input']!r}"
         lines.append(f"{key}: {message}{given}" if key else message)

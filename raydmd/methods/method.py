@@ -1,15 +1,19 @@
-"""A method: a rollout, score terms and a fake-score loss. What the training step calls, and nothing more."""
+"""A method: a rollout, a score term, auxiliary terms and a fake-score loss. What the step calls, and nothing more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from raydmd.methods.terms import Answer, Query, ScoreTerm, Weights
+from raydmd.objectives.auxiliary import anchor_loss, anchor_target, moments_loss
+from raydmd.objectives.decoupled import adapted_weights, advantage, sharpening_weights
 from raydmd.objectives.fake import regression, subinterval_target, subinterval_weight
-from raydmd.objectives.matching import normalised_gradient, raw_gradient, surrogate
+from raydmd.objectives.matching import surrogate
+from raydmd.recipe_types import Ramp, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,90 +21,130 @@ if TYPE_CHECKING:
     from raydmd.draws import Draws
     from raydmd.guidance import Guidance
     from raydmd.methods.phases import Phase
-    from raydmd.methods.rollout import BackwardSimulation, Sample
+    from raydmd.methods.rollout import Rollout, Sample
     from raydmd.models.base import Experts
     from raydmd.process import Prediction, Process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
-    """One question of a score term to the teacher.
+class Walk:
+    """A question to the teacher that takes it several steps.
 
     Attributes:
-        x_t: the renoised sample, detached, ``(B, *latent)``.
-        t: its level, ``(B,)``.
-        expert: the teacher's expert that serves it.
+        noise: where it starts, ``(B, *latent)``.
+        grid: times from 1 down; the answer is the latent at the last one.
         guidance: how the teacher follows the prompt.
     """
 
-    x_t: Tensor
-    t: Tensor
-    expert: str
+    noise: Tensor
+    grid: tuple[float, ...]
     guidance: Guidance
 
 
-@dataclass(frozen=True)
-class DistributionMatching:
-    """The DM term: guided teacher against fake score at one renoised copy of the sample.
+@dataclass(frozen=True, kw_only=True)
+class AnchorTerm:
+    """DP-DMD's diversity anchor (arXiv:2602.03139): the first step follows the teacher's first K.
 
     Attributes:
-        process: the noise process.
-        guidance: of the teacher.
-        normaliser: ``distance`` or ``none``, see :mod:`raydmd.objectives.matching`.
-        floor: of the normaliser.
+        grid: the teacher's first K + 1 times; for other processes than rectified flow a last 0 follows, and the
+            target is the teacher's own clean prediction there (appendix C).
+        level: the time after K steps.
+        straight: whether the target lies on the line from the noise (rectified flow).
+        guidance: of the walk.
+        weight: lambda.
     """
 
-    process: Process
+    grid: tuple[float, ...]
+    level: float
+    straight: bool
     guidance: Guidance
-    normaliser: Literal["distance", "none"]
-    floor: float
+    weight: float | Ramp
 
-    def query(self, sample: Sample, phase: Phase, draws: Draws) -> Query:
-        """Renoise the sample and say whom to ask."""
-        t, expert = phase.match.draw(draws, "match.time")
-        noise = draws.normal("match.noise", sample.x.shape[1:])
-        x_t = self.process.renoise(sample.x.detach(), noise, sample.s, t)
-        return Query(x_t=x_t, t=t, expert=expert, guidance=self.guidance)
+    def walk(self, sample: Sample) -> Walk:
+        """What the teacher is asked."""
+        return Walk(noise=sample.noise, grid=self.grid, guidance=self.guidance)
 
-    def gradient(self, sample: Sample, query: Query, d_real: Tensor, d_fake: Tensor) -> Tensor:
-        """The gradient that ``sample.x`` descends; shape of ``sample.x``.
+    def loss(self, sample: Sample, walked: Tensor, progress: float) -> Tensor:
+        """The weighted loss of the first step, a scalar."""
+        if sample.first is None:
+            raise ValueError("the rollout has not kept its first step for the anchor")
+        target = anchor_target(sample.noise, walked, self.level) if self.straight else walked
+        return value_at(self.weight, progress) * anchor_loss(sample.first, target)
 
-        ``none`` is the paper's gradient with respect to ``sample.x``. ``distance`` is DMD2's, made for a
-        clean sample; where the sample lies at ``s > 0`` its use is this project's reading, since the
-        paper names no normaliser. It points the same way as on the clean prediction, both being affine
-        in the network's output, and weighs exit steps by how far they jump.
-        """
-        if self.normaliser == "none":
-            return raw_gradient(self.process, query.x_t, d_real, d_fake, sample.s, query.t)
-        return normalised_gradient(sample.x0, d_real, d_fake, floor=self.floor)
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsTerm:
+    """The mean-variance regulariser, see :func:`raydmd.objectives.auxiliary.moments_loss`."""
+
+    weight: float | Ramp
+    mean: float
+    variance: float
+
+    def loss(self, sample: Sample, progress: float) -> Tensor:
+        """The weighted loss, a scalar."""
+        return value_at(self.weight, progress) * moments_loss(sample.x, mean=self.mean, variance=self.variance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """AMD's per-sample weights from rewards, see :class:`raydmd.recipe_method.Adapt`."""
+
+    group: int
+    strength: float
+    fake_strength: float
+    clip: float
+    epsilon: float
+
+    def advantage(self, rewards: Tensor) -> Tensor:
+        """See :func:`raydmd.objectives.decoupled.advantage`."""
+        return advantage(rewards, group=self.group, clip=self.clip, epsilon=self.epsilon)
+
+    def score_weights(self, rewards: Tensor) -> Weights:
+        """Weights of the score term's halves."""
+        match, augment = adapted_weights(self.advantage(rewards), strength=self.strength, clip=self.clip)
+        return Weights(match=match, augment=augment)
+
+    def fake_weights(self, rewards: Tensor) -> Tensor:
+        """Weights of the fake score's loss, ``(B,)``, mean 1."""
+        return sharpening_weights(self.advantage(rewards), strength=self.fake_strength, clip=self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A composition; the presets are in :mod:`raydmd.methods.presets`.
+    """A composition; :mod:`raydmd.methods.presets` builds it from a recipe.
 
     Attributes:
         process: the noise process.
         prediction: what the networks predict, hence what the fake score regresses to.
         phases: in training order.
         rollout: makes the samples.
-        terms: score terms; their gradients add up.
+        score: the score term.
+        anchor: diversity anchor of the first phase.
+        moments: regulariser of the sample's moments.
+        adaptation: weights from rewards.
         fake_weight_cap: see :func:`raydmd.objectives.fake.subinterval_weight`.
     """
 
     process: Process
     prediction: Prediction
     phases: tuple[Phase, ...]
-    rollout: BackwardSimulation
-    terms: tuple[DistributionMatching, ...]
+    rollout: Rollout
+    score: ScoreTerm
+    anchor: AnchorTerm | None = None
+    moments: MomentsTerm | None = None
+    adaptation: Adaptation | None = None
     fake_weight_cap: float
 
-    def queries(self, sample: Sample, phase: Phase, draws: Draws) -> tuple[Query, ...]:
-        """What the teacher is asked about a sample, one query per score term."""
-        return tuple(term.query(sample, phase, draws) for term in self.terms)
+    def queries(self, sample: Sample, phase: Phase, draws: Draws, progress: float) -> tuple[Query, ...]:
+        """What the teacher is asked about a sample."""
+        return self.score.queries(sample, phase, draws, progress)
+
+    def walk(self, sample: Sample) -> Walk | None:
+        """What the teacher is to walk for this sample's anchor, if it has one."""
+        return self.anchor.walk(sample) if self.anchor and sample.first is not None else None
 
     def fake_loss(
-        self, fake: Experts, sample: Sample, cond: Tensor, draws: Draws, phase: Phase
+        self, fake: Experts, sample: Sample, cond: Tensor, draws: Draws, phase: Phase, rewards: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The fake score's regression on a sample of the current student.
 
@@ -113,6 +157,8 @@ class Method:
         x_t = self.process.renoise(x_s, noise, sample.s, t)
         target = subinterval_target(self.process, self.prediction, x_s, noise, sample.s, t)
         weight = subinterval_weight(self.process, sample.s, t, cap=self.fake_weight_cap)
+        if self.adaptation and rewards is not None:
+            weight = weight * self.adaptation.fake_weights(rewards)
         loss, error = regression(fake.raw(x_t, t, cond), target, weight)
         return loss, error, t
 
@@ -122,12 +168,32 @@ class Method:
         sample: Sample,
         cond: Tensor,
         queries: Sequence[Query],
-        answers: Sequence[Tensor],
+        answers: Sequence[Answer],
+        progress: float,
+        *,
+        walked: Tensor | None = None,
+        rewards: Tensor | None = None,
     ) -> Tensor:
-        """The student's loss, from the teacher's answers to its own sample's queries."""
-        gradient = torch.zeros_like(sample.x0)
+        """The student's loss, from the answers to its own sample's questions.
+
+        Args:
+            fake: the fake score.
+            sample: with the student's gradient.
+            cond: conditions, ``(B, L, D)``.
+            queries: asked about the sample.
+            answers: the teacher's, one per query.
+            progress: share of the phase that is done.
+            walked: the answer to :meth:`walk`.
+            rewards: of the samples, ``(B,)``, where the method adapts to them.
+        """
+        weights = self.adaptation.score_weights(rewards) if self.adaptation and rewards is not None else None
         with torch.no_grad():
-            for term, query, d_real in zip(self.terms, queries, answers, strict=True):
-                d_fake = fake.x0(query.x_t, query.t, cond)
-                gradient = gradient + term.gradient(sample, query, d_real, d_fake)
-        return surrogate(sample.x, gradient)
+            gradient = self.score.gradient(
+                sample, queries, answers, lambda q: fake.x0(q.x_t, q.t, cond), weights, progress
+            )
+        loss = surrogate(sample.x, gradient)
+        if self.anchor and walked is not None:
+            loss = loss + self.anchor.loss(sample, walked, progress)
+        if self.moments:
+            loss = loss + self.moments.loss(sample, progress)
+        return loss

@@ -1,4 +1,4 @@
-"""Phases: which steps they cover, where they end, where they renoise, who trains in them.
+"""Phases: which steps they cover, where they end, who trains in them; windows: where a term renoises.
 
 Known before the run from grid, boundaries and the teacher's routing; no tensors of a run, no networks.
 """
@@ -36,21 +36,23 @@ class TimeRange:
     mu: float
 
     @classmethod
-    def above(cls, level: float, routing: Routing, *, mu: float, clip: tuple[float, float] = (0.0, 1.0)) -> TimeRange:
-        """All times above ``level``, within ``clip`` before the shift, cut at the routing's boundaries.
+    def between(
+        cls, low: float, high: float, routing: Routing, *, mu: float, clip: tuple[float, float] = (0.0, 1.0)
+    ) -> TimeRange:
+        """All times from level ``low`` to ``high``, within ``clip`` before the shift, cut at the routing's boundaries.
 
         Raises:
             ValueError: if nothing is left.
         """
-        low = max(clip[0], _unshift(level, mu))
+        a0, b0 = max(clip[0], _unshift(low, mu)), min(clip[1], _unshift(high, mu))
         edges = [1.0, *(_unshift(b, mu) for b in routing.boundaries), 0.0]
         parts = []
         for expert, upper, lower in zip(routing.experts, edges, edges[1:], strict=False):
-            a, b = max(low, lower), min(clip[1], upper)
+            a, b = max(a0, lower), min(b0, upper)
             if b > a:
                 parts.append((expert, a, b))
         if not parts:
-            raise ValueError(f"no time lies above level {level} within {clip} at shift {mu}")
+            raise ValueError(f"no time lies between levels {low:g} and {high:g} within {clip} at shift {mu:g}")
         return cls(tuple(parts), mu)
 
     @property
@@ -75,6 +77,40 @@ class TimeRange:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where a term renoises: bounds before the shift that may move, within a phase and below the student's input.
+
+    Attributes:
+        routing: the teacher's.
+        mu: the shift.
+        start: bounds at a phase's start.
+        end: bounds at its end.
+        cleaner: stay cleaner than the input of the student's exit step.
+    """
+
+    routing: Routing
+    mu: float
+    start: tuple[float, float]
+    end: tuple[float, float]
+    cleaner: bool = False
+
+    def at(self, floor: float, entered: float, progress: float) -> TimeRange:
+        """The times for a sample of a phase that may renoise above ``floor`` and whose exit step began at ``entered``.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        low, high = (a + (b - a) * progress for a, b in zip(self.start, self.end, strict=True))
+        ceiling = entered if self.cleaner else 1.0
+        return TimeRange.between(floor, ceiling, self.routing, mu=self.mu, clip=(low, high))
+
+    def experts(self, floor: float) -> tuple[str, ...]:
+        """Experts that it can meet at any progress."""
+        widest = (min(self.start[0], self.end[0]), max(self.start[1], self.end[1]))
+        return TimeRange.between(floor, 1.0, self.routing, mu=self.mu, clip=widest).experts
+
+
+@dataclass(frozen=True)
 class Phase:
     """One phase of training.
 
@@ -83,23 +119,20 @@ class Phase:
         first: index of its first step on the grid.
         last: one past its last step.
         end: the level its samples have, the grid's time after its last step.
+        floor: the level above which scores are taken, ``end`` or a little higher.
         student: experts of the student that train in it.
-        match: where distribution matching renoises.
         fake: where the fake score trains.
+        fake_experts: experts of the fake score that are needed in it.
     """
 
     index: int
     first: int
     last: int
     end: float
+    floor: float
     student: tuple[str, ...]
-    match: TimeRange
     fake: TimeRange
-
-    @property
-    def fake_experts(self) -> tuple[str, ...]:
-        """Experts of the fake score that are needed in this phase."""
-        return tuple(dict.fromkeys((*self.match.experts, *self.fake.experts)))
+    fake_experts: tuple[str, ...]
 
 
 def split_grid(grid: Sequence[float], boundaries: Sequence[float]) -> list[range]:

@@ -1,47 +1,85 @@
-"""The papers' methods as compositions of the same parts."""
+"""From a recipe's ``method`` section and a teacher's experts to a :class:`~raydmd.methods.method.Method`."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from raydmd.guidance import Guidance
-from raydmd.methods.method import DistributionMatching, Method
-from raydmd.methods.phases import Phase, TimeRange, split_grid
-from raydmd.methods.rollout import BackwardSimulation
+from raydmd.methods.method import Adaptation, AnchorTerm, Method, MomentsTerm
+from raydmd.methods.phases import Phase, TimeRange, Window, split_grid
+from raydmd.methods.rollout import Rollout
+from raydmd.methods.terms import Decoupled, Matching, ScoreTerm
 from raydmd.models.base import Routing
-from raydmd.process import Prediction, Process, step_grid
-from raydmd.recipe import Dmd2, Phased
+from raydmd.process import Prediction, Process, RectifiedFlow, step_grid
+
+if TYPE_CHECKING:
+    from raydmd.recipe_method import Anchor
+    from raydmd.recipe_method import Method as Settings
 
 
-def student_routing(method: Phased | Dmd2, teacher: Routing) -> Routing:
-    """The student's experts: one per phase for ``phased``, the teacher's own for ``dmd2``."""
-    if isinstance(method, Dmd2):
+def student_routing(m: Settings, teacher: Routing) -> Routing:
+    """The student's experts: one per phase, or the teacher's own where there are no phases."""
+    if not m.boundaries:
         return teacher
-    names = [f"transformer_{k + 1}" if k else "transformer" for k in range(len(method.boundaries) + 1)]
-    return Routing(tuple(names), method.boundaries)
+    names = [f"transformer_{k + 1}" if k else "transformer" for k in range(len(m.boundaries) + 1)]
+    return Routing(tuple(names), m.boundaries)
 
 
-def source_expert(method: Phased | Dmd2, teacher: Routing, expert: str) -> str:
+def source_expert(m: Settings, teacher: Routing, expert: str) -> str:
     """The teacher's expert that a student's expert starts from: the one for its first step."""
-    if isinstance(method, Dmd2):
+    if not m.boundaries:
         return expert
-    grid = step_grid(method.steps, method.shift)
-    k = student_routing(method, teacher).experts.index(expert)
-    return teacher.expert(grid[split_grid(grid, method.boundaries)[k].start])
+    grid = step_grid(m.steps, m.shift)
+    k = student_routing(m, teacher).experts.index(expert)
+    return teacher.expert(grid[split_grid(grid, m.boundaries)[k].start])
 
 
-def build_method(method: Phased | Dmd2, teacher: Routing, process: Process, prediction: Prediction) -> Method:
-    """Put a method together for a teacher with the given experts."""
-    return (
-        _phased(method, teacher, process, prediction)
-        if isinstance(method, Phased)
-        else _dmd2(method, teacher, process, prediction)
+def build_method(m: Settings, teacher: Routing, process: Process, prediction: Prediction) -> Method:
+    """Put a method together for a teacher with the given experts.
+
+    Raises:
+        ValueError: if a window leaves no time to renoise at.
+    """
+    grid = tuple(step_grid(m.steps, m.shift))
+    decoupled = m.decouple is not None and m.decouple.schedule != "coupled"
+    constrained = m.decouple is not None and m.decouple.schedule == "constrained"
+    match = Window(teacher, m.shift, m.times, m.times_end or m.times, cleaner=constrained)
+    augment = None
+    if m.decouple is not None and decoupled:
+        start, end = m.decouple.augment_times, m.decouple.augment_times_end or m.decouple.augment_times
+        augment = Window(teacher, m.shift, start, end, cleaner=m.decouple.schedule != "full")
+    rollout = Rollout(
+        process=process,
+        grid=grid,
+        solver=m.solver,
+        unroll=m.rollout == "unroll",
+        anchored=m.anchor is not None,
+        detach=m.anchor is None or m.anchor.detach,
+    )
+    phases = _phases(m, teacher, grid, match)
+    for phase in phases:  # refused now, not at the first draw that meets it
+        for window in filter(None, (match, augment)):
+            for step in rollout.exits(phase):
+                for progress in (0.0, 1.0):
+                    window.at(phase.floor, grid[step], progress)
+    return Method(
+        process=process,
+        prediction=prediction,
+        phases=phases,
+        rollout=rollout,
+        score=_score(m, process, match, augment),
+        anchor=_anchor(m.anchor, m, process) if m.anchor else None,
+        moments=MomentsTerm(weight=m.moments.weight, mean=m.moments.mean, variance=m.moments.variance)
+        if m.moments
+        else None,
+        adaptation=Adaptation(**m.adapt.model_dump(exclude={"rewards"})) if m.adapt else None,
+        fake_weight_cap=m.fake_weight_cap,
     )
 
 
-def _phased(m: Phased, teacher: Routing, process: Process, prediction: Prediction) -> Method:
-    """Phased DMD (arXiv:2510.27684): reverse nested intervals, each from its phase's end up to noise."""
-    grid = step_grid(m.steps, m.shift)
+def _phases(m: Settings, teacher: Routing, grid: tuple[float, ...], match: Window) -> tuple[Phase, ...]:
+    """One phase that ends clean, or reverse nested intervals, each from its end up to noise (Phased DMD)."""
     names = student_routing(m, teacher).experts
     phases = []
     for k, steps in enumerate(split_grid(grid, m.boundaries)):
@@ -51,45 +89,51 @@ def _phased(m: Phased, teacher: Routing, process: Process, prediction: Predictio
         own_expert = k < len(m.boundaries) and any(
             math.isclose(m.boundaries[k], b, abs_tol=1e-4) for b in teacher.boundaries
         )
-        low = max(end, m.boundaries[k]) if own_expert else end
+        floor = max(end, m.boundaries[k]) if own_expert else end
+        fake = TimeRange.between(floor, 1.0, teacher, mu=m.fake_shift or m.shift)
         phases.append(
             Phase(
                 index=k,
                 first=steps.start,
                 last=steps.stop,
                 end=end,
-                student=(names[k],),
-                match=TimeRange.above(low, teacher, mu=m.shift, clip=m.times),
-                fake=TimeRange.above(low, teacher, mu=m.fake_shift or m.shift),
+                floor=floor,
+                student=(names[k],) if m.boundaries else names,
+                fake=fake,
+                fake_experts=tuple(dict.fromkeys((*match.experts(floor), *fake.experts))),
             )
         )
-    return Method(
+    return tuple(phases)
+
+
+def _score(m: Settings, process: Process, match: Window, augment: Window | None) -> ScoreTerm:
+    if m.decouple is None:
+        return Matching(
+            process=process,
+            guidance=Guidance(m.guidance),
+            window=match,
+            normaliser=m.normaliser,
+            floor=m.normaliser_floor,
+        )
+    return Decoupled(
         process=process,
-        prediction=prediction,
-        phases=tuple(phases),
-        rollout=BackwardSimulation(process, tuple(grid), "euler"),
-        terms=(DistributionMatching(process, Guidance(m.guidance), m.normaliser, m.normaliser_floor),),
-        fake_weight_cap=m.fake_weight_cap,
+        guidance=Guidance(m.guidance),
+        match_window=match,
+        augment_window=augment,
+        match=m.decouple.match,
+        augment=m.decouple.augment,
+        normaliser=m.normaliser,
+        floor=m.normaliser_floor,
     )
 
 
-def _dmd2(m: Dmd2, teacher: Routing, process: Process, prediction: Prediction) -> Method:
-    """DMD2 without its GAN (arXiv:2405.14867): one phase that ends clean."""
-    grid = step_grid(m.steps, m.shift)
-    phase = Phase(
-        index=0,
-        first=0,
-        last=m.steps,
-        end=0.0,
-        student=teacher.experts,
-        match=TimeRange.above(0.0, teacher, mu=m.shift, clip=m.times),
-        fake=TimeRange.above(0.0, teacher, mu=m.fake_shift or m.shift),
-    )
-    return Method(
-        process=process,
-        prediction=prediction,
-        phases=(phase,),
-        rollout=BackwardSimulation(process, tuple(grid), m.solver),
-        terms=(DistributionMatching(process, Guidance(m.guidance), m.normaliser, m.normaliser_floor),),
-        fake_weight_cap=1.0,
+def _anchor(a: Anchor, m: Settings, process: Process) -> AnchorTerm:
+    grid = step_grid(a.of, a.shift or m.shift)[: a.steps + 1]
+    straight = isinstance(process, RectifiedFlow)
+    return AnchorTerm(
+        grid=tuple(grid) if straight or grid[-1] == 0 else (*grid, 0.0),
+        level=grid[-1],
+        straight=straight,
+        guidance=Guidance(m.guidance if a.guidance is None else a.guidance),
+        weight=a.weight,
     )

@@ -26,31 +26,57 @@ class Sample:
         x0: the student's clean prediction at its exit step, detached, shape of ``x``.
         s: the level, ``(B,)``.
         exit_step: the grid step whose prediction made the sample.
+        entered: the time at which that step began.
+        noise: what the rollout started from, shape of ``x``.
+        first: the first step's clean prediction with the student's gradient, where an anchor wants it.
     """
 
     x: Tensor
     x0: Tensor
     s: Tensor
     exit_step: int
+    entered: float
+    noise: Tensor
+    first: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class BackwardSimulation:
-    """Unroll the student from noise and leave at a random step of the phase, jumping to the phase's end.
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Unroll the student from noise and leave at a step of the phase, jumping to the phase's end.
 
-    The steps before the exit carry no gradient. With one phase that ends clean this is DMD2's backward
-    simulation (arXiv:2405.14867, section 4.5); within a phase it is Phased DMD's inner random exit
-    (arXiv:2510.27684, figure 1d). The exit step is shared by all samples and ranks.
+    ``simulate`` leaves at a random step, and the steps before it carry no gradient: with one phase that ends
+    clean this is DMD2's backward simulation (arXiv:2405.14867, section 4.5), within a phase it is Phased DMD's
+    inner random exit (arXiv:2510.27684, figure 1d), and with one step it is DMD's generator. ``unroll`` leaves at
+    the last step and differentiates all of the phase's (DP-DMD, arXiv:2602.03139, eq. 8). The exit step is shared
+    by all samples and ranks.
 
     Attributes:
         process: the noise process.
         grid: the student's times, from 1 down to and with 0.
         solver: ``euler`` walks deterministically; ``renoise`` puts fresh noise on each predicted x0.
+        unroll: differentiate all steps of the phase.
+        anchored: hand out the first step's prediction with its gradient.
+        detach: cut the gradient after an anchored first step; its own term alone trains it then, so no
+            rollout of that phase leaves there.
     """
 
     process: Process
     grid: tuple[float, ...]
     solver: Solver
+    unroll: bool = False
+    anchored: bool = False
+    detach: bool = True
+
+    def exits(self, phase: Phase) -> range:
+        """The steps at which a rollout of the phase may leave."""
+        if self.unroll:
+            return range(phase.last - 1, phase.last)
+        return range(phase.first + (self.cut and phase.first == 0), phase.last)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the score term's gradient stops short of the first step."""
+        return self.anchored and self.detach
 
     def __call__(
         self,
@@ -62,18 +88,26 @@ class BackwardSimulation:
         *,
         grad: bool,
     ) -> Sample:
-        """Make one sample per row of ``cond``; with ``grad``, differentiable in the exit step alone."""
-        exit_step = phase.first + int(draws.shared("exit") * (phase.last - phase.first))
-        x = draws.normal("noise", latent)
-        with torch.no_grad():
-            for i in range(exit_step):
+        """Make one sample per row of ``cond``; with ``grad``, differentiable as the kind of rollout has it."""
+        exits = self.exits(phase)
+        exit_step = exits[int(draws.shared("exit") * len(exits))]
+        noise = x = draws.normal("noise", latent)
+        first: Tensor | None = None
+        for i in range(exit_step):
+            anchor = self.anchored and i == 0 and phase.first == 0
+            with torch.set_grad_enabled(grad and (anchor or (self.unroll and i >= phase.first))):
                 x0 = student.x0(x, self._time(i, x), cond)
+                if anchor:
+                    first, x0 = x0, x0.detach() if self.detach else x0
                 x = self._advance(x, x0, i, draws, latent)
         with torch.set_grad_enabled(grad):
             t, s = self._time(exit_step, x), torch.full((len(x),), phase.end, device=x.device)
             x0 = student.x0(x, t, cond)
+            if self.anchored and exit_step == 0:
+                first = x0
             x_s = self.process.step(x, x0, t, s)
-        return Sample(x=x_s, x0=x0.detach(), s=s, exit_step=exit_step)
+        entered = self.grid[exit_step]
+        return Sample(x=x_s, x0=x0.detach(), s=s, exit_step=exit_step, entered=entered, noise=noise, first=first)
 
     def _time(self, step: int, x: Tensor) -> Tensor:
         return torch.full((len(x),), self.grid[step], device=x.device)

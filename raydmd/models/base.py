@@ -135,8 +135,13 @@ class Experts:
         """Guided prediction of the clean latent; both halves in one forward, shape of ``x_t``."""
         if not guidance.active:
             return self.x0(x_t, t, cond)
+        return guidance.combine(*self.both_x0(x_t, t, cond, uncond))
+
+    def both_x0(self, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prediction of the clean latent in one forward, each of shape ``x_t``."""
         both = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, uncond]))
-        return guidance.combine(*both.chunk(2))
+        first, second = both.chunk(2)
+        return first, second
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,13 @@ def raw_gradient(process: Process, x_t: Tensor, d_real: Tensor, d_fake: Tensor, 
     Returns:
         The gradient with respect to ``x_s``, shape of ``x_t``.
     """
+    return over(raw_scale(process, s, t), x_t) * (d_fake - d_real)
+
+
+def raw_scale(process: Process, s: Tensor, t: Tensor) -> Tensor:
+    """``alpha_{t|s} alpha_t / sigma_t^2``: from a difference of clean predictions to :func:`raw_gradient`, ``(B,)``."""
     alpha_ts, _ = process.kernel(s, t)
-    factor = alpha_ts * process.alpha(t) / process.sigma(t).square()
-    return over(factor, x_t) * (d_fake - d_real)
+    return alpha_ts * process.alpha(t) / process.sigma(t).square()
 
 
 def normalised_gradient(x0: Tensor, d_real: Tensor, d_fake: Tensor, *, floor: float) -> Tensor:
@@ -52,8 +56,12 @@ def normalised_gradient(x0: Tensor, d_real: Tensor, d_fake: Tensor, *, floor: fl
     Returns:
         The gradient, shape of ``x0``.
     """
-    distance = (x0 - d_real).abs().flatten(1).mean(1).clamp(min=floor)
-    return (d_fake - d_real) / over(distance, x0)
+    return (d_fake - d_real) / over(distance(x0, d_real, floor=floor), x0)
+
+
+def distance(x: Tensor, d_real: Tensor, *, floor: float) -> Tensor:
+    """Mean absolute difference per sample, at least ``floor``, ``(B,)``."""
+    return (x - d_real).abs().flatten(1).mean(1).clamp(min=floor)
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ class Key:
         expert: which expert serves them.
         latent: shape of one latent, without the batch.
         guidance: guidance scale.
+        kind: what else must be alike, e.g. the times of a walk.
     """
 
     expert: str
     latent: tuple[int, ...]
     guidance: float
+    kind: tuple[float, ...] | str = ""
 
 
 @dataclass(frozen=True, slots=True)

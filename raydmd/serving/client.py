@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from raydmd.errors import PoolError
 
 if TYPE_CHECKING:
-    from raydmd.serving.messages import ScoreReply, ScoreRequest
+    from raydmd.serving.messages import Request, ScoreReply
 
 
 class ReplicaBusy(PoolError):
@@ -52,7 +52,7 @@ class TeacherClient(ABC):
         """Requests sent again so far, after a failure or a silence."""
 
     @abstractmethod
-    def submit(self, request: ScoreRequest) -> Pending:
+    def submit(self, request: Request) -> Pending:
         """Send a request; errors come from :meth:`Pending.result`.
 
         The request's tensors may be changed once this returns.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raydmd.guidance import Guidance
-from raydmd.serving.messages import ScoreReply, ScoreRequest
+from raydmd.serving.messages import Request, ScoreReply, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,13 +32,15 @@ class ArrayWire(TypedDict):
 
 
 class RequestWire(TypedDict):
-    """A :class:`~raydmd.serving.messages.ScoreRequest` on the wire, with who asks."""
+    """A :class:`~raydmd.serving.messages.ScoreRequest` on the wire, with who asks; a walk has a grid and no ``t``."""
 
     x_t: ArrayWire
-    t: ArrayWire
+    t: ArrayWire | None
+    grid: tuple[float, ...]
     conditions: tuple[int, ...]
     guidance: float
     expert: str
+    split: bool
     name: str
     client: str
 
@@ -47,6 +49,7 @@ class ReplyWire(TypedDict):
     """A :class:`~raydmd.serving.messages.ScoreReply` on the wire."""
 
     x0: ArrayWire
+    uncond: ArrayWire | None
     replica: str
     seconds: float
     batch_items: int
@@ -78,35 +81,47 @@ def decode_array(wire: ArrayWire) -> Tensor:
     return tensor.view(torch.bfloat16) if wire["bf16"] else tensor
 
 
-def encode_request(request: ScoreRequest, client: str) -> RequestWire:
+def encode_request(request: Request, client: str) -> RequestWire:
     """A request for the wire; its arrays share memory with the request's CPU tensors."""
     return RequestWire(
         x_t=encode_array(request.x_t),
-        t=encode_array(request.t),
+        t=None if isinstance(request, WalkRequest) else encode_array(request.t),
+        grid=request.grid if isinstance(request, WalkRequest) else (),
         conditions=tuple(request.conditions),
         guidance=request.guidance.scale,
-        expert=request.expert,
+        expert="" if isinstance(request, WalkRequest) else request.expert,
+        split=isinstance(request, ScoreRequest) and request.split,
         name=request.name,
         client=client,
     )
 
 
-def decode_request(wire: RequestWire) -> ScoreRequest:
+def decode_request(wire: RequestWire) -> Request:
     """The request of a wire record; who asked stays in ``wire["client"]``."""
+    if wire["t"] is None:
+        return WalkRequest(
+            x_t=decode_array(wire["x_t"]),
+            grid=wire["grid"],
+            conditions=wire["conditions"],
+            guidance=Guidance(wire["guidance"]),
+            name=wire["name"],
+        )
     return ScoreRequest(
         x_t=decode_array(wire["x_t"]),
         t=decode_array(wire["t"]),
         conditions=wire["conditions"],
         guidance=Guidance(wire["guidance"]),
         expert=wire["expert"],
+        split=wire["split"],
         name=wire["name"],
     )
 
 
 def encode_reply(reply: ScoreReply) -> ReplyWire:
-    """A reply for the wire; its array shares memory with the reply's CPU tensor."""
+    """A reply for the wire; its arrays share memory with the reply's CPU tensors."""
     return ReplyWire(
         x0=encode_array(reply.x0),
+        uncond=None if reply.uncond is None else encode_array(reply.uncond),
         replica=reply.replica,
         seconds=reply.seconds,
         batch_items=reply.batch_items,
@@ -117,6 +132,7 @@ def decode_reply(wire: ReplyWire) -> ScoreReply:
     """The reply of a wire record, on the CPU."""
     return ScoreReply(
         x0=decode_array(wire["x0"]),
+        uncond=None if wire["uncond"] is None else decode_array(wire["uncond"]),
         replica=wire["replica"],
         seconds=wire["seconds"],
         batch_items=wire["batch_items"],

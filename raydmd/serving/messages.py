@@ -23,6 +23,7 @@ class ScoreRequest:
         conditions: row of the condition table per sample, length B; row 0 is the negative prompt.
         guidance: how the teacher follows the prompt.
         expert: which expert serves it.
+        split: answer in halves, conditional and unconditional, instead of guided.
         name: for messages, e.g. ``cycle 12 rank 0``.
     """
 
@@ -31,7 +32,32 @@ class ScoreRequest:
     conditions: tuple[int, ...]
     guidance: Guidance
     expert: str
+    split: bool = False
     name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WalkRequest:
+    """A question that takes the frozen teacher several steps: where do these latents come to, deterministically?
+
+    Pure, as :class:`ScoreRequest` is. It crosses experts where the grid does.
+
+    Attributes:
+        x_t: latents at the first time, ``(B, *latent)``, fp32.
+        grid: times, falling; the answer is the latent at the last one.
+        conditions: row of the condition table per sample, length B; row 0 is the negative prompt.
+        guidance: how the teacher follows the prompt.
+        name: for messages.
+    """
+
+    x_t: Tensor
+    grid: tuple[float, ...]
+    conditions: tuple[int, ...]
+    guidance: Guidance
+    name: str = ""
+
+
+Request = ScoreRequest | WalkRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +65,16 @@ class ScoreReply:
     """The teacher's answer.
 
     Attributes:
-        x0: guided prediction of the clean latents ``(B, *latent)``, fp32.
+        x0: guided prediction of the clean latents ``(B, *latent)``, fp32; the conditional one of a split request; the
+            latents at the last time of a walk.
+        uncond: the unconditional prediction of a split request.
         replica: who answered.
         seconds: time the forward took.
         batch_items: samples in the forward that served it, over all clients.
     """
 
     x0: Tensor
+    uncond: Tensor | None = None
     replica: str
     seconds: float
     batch_items: int

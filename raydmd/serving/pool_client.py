@@ -7,6 +7,7 @@ Requests are pure, so sending one twice is exact: the first answer wins. All wai
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 import weakref
@@ -20,11 +21,12 @@ from raydmd.errors import PoolExhausted, RaydmdError, ScoreTimeout
 from raydmd.serving.client import Pending, ReplicaBusy, ReplicaFailed, TeacherClient
 from raydmd.serving.codec import decode_reply, encode_request
 from raydmd.serving.health import Health, Limits
-from raydmd.serving.messages import ScoreReply, ScoreRequest
 from raydmd.serving.router import Candidate, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from raydmd.serving.messages import Request, ScoreReply
 
 _SLICE = 0.2
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
@@ -88,7 +90,7 @@ class _Replica:
 class PoolPending(Pending):
     """A request under way in a pool."""
 
-    def __init__(self, client: PoolClient, request: ScoreRequest, payload: Any, submitted: float) -> None:
+    def __init__(self, client: PoolClient, request: Request, payload: Any, submitted: float) -> None:
         """Made by :meth:`PoolClient.submit`.
 
         Args:
@@ -166,7 +168,7 @@ class PoolClient(TeacherClient):
         """This client's opinion of every replica, e.g. ``healthy``."""
         return {name: replica.health.state.value for name, replica in self._replicas.items()}
 
-    def submit(self, request: ScoreRequest) -> PoolPending:
+    def submit(self, request: Request) -> PoolPending:
         """Send a request to one replica, at once; if none is usable now, ``result`` will."""
         now = self._clock()
         # Stored once: a resend cannot see later changes of the tensors, and costs no second copy.
@@ -242,12 +244,8 @@ class PoolClient(TeacherClient):
                 replica.health.request_succeeded()
                 if pending.device.type == "cpu":
                     return reply
-                return ScoreReply(
-                    x0=reply.x0.to(pending.device),
-                    replica=reply.replica,
-                    seconds=reply.seconds,
-                    batch_items=reply.batch_items,
-                )
+                uncond = None if reply.uncond is None else reply.uncond.to(pending.device)
+                return dataclasses.replace(reply, x0=reply.x0.to(pending.device), uncond=uncond)
         return None
 
     def _advance(self, pending: PoolPending, now: float) -> RaydmdError | None:

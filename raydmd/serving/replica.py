@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypedDict
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.guidance import Guidance
@@ -26,8 +25,8 @@ from raydmd.models.base import Conditions, Experts
 from raydmd.serving.batcher import Batcher, Entry, Key, Refused
 from raydmd.serving.client import ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
-from raydmd.serving.local import answer, answer_each
-from raydmd.serving.messages import ScoreReply, ScoreRequest
+from raydmd.serving.local import Halves, answer, answer_each
+from raydmd.serving.messages import Request, ScoreReply, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +100,7 @@ class ReplicaStats(TypedDict):
 
 @dataclass(frozen=True)
 class _Job:
-    request: ScoreRequest
+    request: Request
     future: asyncio.Future[ReplyWire]
 
 
@@ -173,7 +172,7 @@ class TeacherReplica:
         if size < 1:
             raise InputError(f"request {request.name!r} has no samples")
         job = _Job(request, asyncio.get_running_loop().create_future())
-        key = Key(request.expert, tuple(request.x_t.shape[1:]), request.guidance.scale)
+        key = _key(request)
         verdict = self._batcher.offer(key, payload["client"], size, job, self._clock())
         if isinstance(verdict, Refused):
             self._refused += 1
@@ -228,7 +227,7 @@ class TeacherReplica:
     async def _serve(self, batch: list[Entry[_Job]]) -> None:
         start = self._busy_since = self._clock()
         requests = [entry.payload.request for entry in batch]
-        outcomes: list[Tensor | RaydmdError]
+        outcomes: list[Halves | RaydmdError]
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._forward, requests)
         except Exception as error:  # nothing may end the pump, or every later request would hang
@@ -249,10 +248,13 @@ class TeacherReplica:
             self._answered += 1
             self._clients[entry.client] += entry.items
             if not future.done():
-                reply = ScoreReply(x0=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
+                x0, uncond = outcome
+                reply = ScoreReply(
+                    x0=x0, uncond=uncond, replica=self._settings.name, seconds=seconds, batch_items=items
+                )
                 future.set_result(encode_reply(reply))
 
-    def _forward(self, requests: list[ScoreRequest]) -> list[Tensor | RaydmdError]:
+    def _forward(self, requests: list[Request]) -> list[Halves | RaydmdError]:
         return answer_each(self._experts, self._conditions, requests, who=self._settings.name)
 
     def _prepare_thread(self) -> None:
@@ -260,6 +262,14 @@ class TeacherReplica:
         torch.set_num_threads(self._settings.threads)
         if self._settings.deterministic:
             torch.use_deterministic_algorithms(True)
+
+
+def _key(request: Request) -> Key:
+    """What requests of one forward share."""
+    latent = tuple(request.x_t.shape[1:])
+    if isinstance(request, WalkRequest):
+        return Key("", latent, request.guidance.scale, request.grid)
+    return Key(request.expert, latent, request.guidance.scale, "split" if request.split else "")
 
 
 def _load(build: Callable[[], Experts], device: str) -> Experts:

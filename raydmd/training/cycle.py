@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from raydmd.serving.messages import ScoreRequest
+from raydmd.methods.terms import Answer
+from raydmd.serving.messages import ScoreReply, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
-    from raydmd.methods.method import Method, Query
+    from raydmd.methods.method import Method, Walk
     from raydmd.methods.phases import Phase
+    from raydmd.methods.terms import Query
     from raydmd.serving.client import TeacherClient
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
@@ -58,6 +59,7 @@ class Actors:
         stream: makes batches by position.
         latent: shape of one latent.
         fake_updates: per student update.
+        progress: share of the phase that is done, by cycle.
         agree: see :data:`Agree`.
     """
 
@@ -69,6 +71,7 @@ class Actors:
     stream: Stream
     latent: tuple[int, ...]
     fake_updates: int
+    progress: Callable[[int], float]
     agree: Agree
 
 
@@ -86,8 +89,10 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
 
     batch = a.stream.batch(cycle, "student")
     sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=True)
-    queries = a.method.queries(sample, a.phase, batch.draws)
-    pending = [a.teacher.submit(_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
+    progress = a.progress(cycle)
+    queries, walk = a.method.queries(sample, a.phase, batch.draws, progress), a.method.walk(sample)
+    pending = [a.teacher.submit(score_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
+    pending += [a.teacher.submit(walk_request(walk, batch, f"cycle {cycle} walk"))] if walk else []
     watch.lap("rollout")
 
     seen: dict[str, list[float]] = {}
@@ -98,21 +103,23 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     watch.lap("fake")
 
     error: Exception | None = None
-    answers: list[Tensor] = []
+    replies: list[ScoreReply] = []
     try:
-        answers = [p.result().x0.to(sample.x.device) for p in pending]
+        replies = [p.result() for p in pending]
     except Exception as e:  # raised again below, by all ranks together
         error = e
     a.agree(error)
     watch.lap("teacher_wait")
 
-    loss = a.method.generator_loss(a.fake.experts, sample, batch.cond, queries, answers)
+    walked = replies.pop().x0 if walk else None
+    answers = [Answer(x0=r.x0, uncond=r.uncond) for r in replies]
+    loss = a.method.generator_loss(a.fake.experts, sample, batch.cond, queries, answers, progress, walked=walked)
     metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
     watch.lap("generator")
 
     metrics["student/x0_mean"] = float(sample.x0.mean())
     metrics["student/x0_std"] = float(sample.x0.std())
-    metrics["teacher/x0_std"] = float(torch.cat(answers).std())
+    metrics["teacher/x0_std"] = float(torch.cat([r.x0 for r in replies]).std())
     return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
 
 
@@ -131,12 +138,29 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
     return metrics
 
 
-def _request(query: Query, batch: Batch, name: str) -> ScoreRequest:
+def score_request(query: Query, batch: Batch, name: str) -> ScoreRequest:
+    """A score term's question on the wire."""
     return ScoreRequest(
         x_t=query.x_t,
         t=query.t,
         conditions=batch.conditions,
         guidance=query.guidance,
         expert=query.expert,
-        name=f"{name} positions {batch.draws.positions[0]}..{batch.draws.positions[-1]}",
+        split=query.split,
+        name=_name(name, batch),
     )
+
+
+def walk_request(walk: Walk, batch: Batch, name: str) -> WalkRequest:
+    """An anchor's question on the wire."""
+    return WalkRequest(
+        x_t=walk.noise,
+        grid=walk.grid,
+        conditions=batch.conditions,
+        guidance=walk.guidance,
+        name=_name(name, batch),
+    )
+
+
+def _name(name: str, batch: Batch) -> str:
+    return f"{name} positions {batch.draws.positions[0]}..{batch.draws.positions[-1]}"

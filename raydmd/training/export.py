@@ -13,7 +13,6 @@ from raydmd import __version__
 from raydmd.errors import RunFailed
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts, Family
-from raydmd.recipe import Dmd2
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
 from raydmd.training.worker import STUDENT
 
@@ -86,7 +85,7 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
 
 def solver(recipe: Recipe) -> Solver:
     """How the student was rolled out, and so how it is sampled."""
-    return recipe.method.solver if isinstance(recipe.method, Dmd2) else "euler"
+    return recipe.method.solver
 
 
 def _card(recipe: Recipe, family: Family) -> str:

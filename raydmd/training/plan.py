@@ -49,6 +49,12 @@ class CyclePlan:
         """First cycle of a phase."""
         return self.ends[phase - 1] if phase else 0
 
+    def progress(self, cycle: int) -> float:
+        """Share of a cycle's phase that is done when it starts, in [0, 1); what settings that move go by."""
+        phase = self.phase(cycle)
+        start = self.start(phase)
+        return (cycle - start) / (self.ends[phase] - start)
+
     def rate(self, cycle: int) -> float:
         """Factor on the rates in a cycle: a ramp up, a plateau, a linear fall."""
         phase = self.phase(cycle)

@@ -238,6 +238,7 @@ class Worker:
             stream=self.stream,
             latent=self.family.shape().latent,
             fake_updates=self.recipe.training.fake_updates,
+            progress=self.plan.progress,
             agree=self._agree,
         )
 

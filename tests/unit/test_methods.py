@@ -10,11 +10,13 @@ from raydmd.draws import Draws, shuffled
 from raydmd.guidance import Guidance
 from raydmd.methods.phases import TimeRange, split_grid
 from raydmd.methods.presets import build_method, source_expert, student_routing
+from raydmd.methods.terms import Answer
 from raydmd.models.base import Experts, Routing
 from raydmd.process import RectifiedFlow, step_grid, unshift
-from raydmd.recipe import Dmd2, Phased
+from raydmd.recipe_method import Method
 
 pytestmark = pytest.mark.unit
+PHASED, DMD2 = Method(name="phased"), Method(name="dmd2")
 WAN22 = Routing(("transformer", "transformer_2"), (0.875,))
 WAN21 = Routing(("transformer",))
 LATENT = (2, 3)
@@ -42,7 +44,7 @@ def draws(update: str = "0/student", count: int = 4) -> Draws:
 
 def test_the_papers_phases_of_wan22():
     """Two steps a phase, phase 1 ends at 0.8333 but renoises above the teacher's boundary (appendix B)."""
-    method = build_method(Phased(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
     high, low = method.phases
     assert (high.first, high.last, low.first, low.last) == (0, 2, 2, 4)
     assert round(high.end, 4) == 0.8333
@@ -58,24 +60,25 @@ def test_the_papers_phases_of_wan22():
 
 
 def test_phases_of_a_teacher_with_one_expert_nest_down_to_their_end():
-    method = build_method(Phased(), WAN21, RectifiedFlow(), "flow")
+    method = build_method(PHASED, WAN21, RectifiedFlow(), "flow")
     assert [p.student for p in method.phases] == [("transformer",), ("transformer_2",)]
     low = float(unshift(torch.tensor(method.phases[0].end), 5.0))
-    assert method.phases[0].match.parts == (("transformer", pytest.approx(low), 0.98),)
-    assert source_expert(Phased(), WAN21, "transformer_2") == "transformer"
-    assert source_expert(Phased(), WAN22, "transformer_2") == "transformer_2"
+    window = method.score.window.at(method.phases[0].floor, 1.0, 0.0)
+    assert window.parts == (("transformer", pytest.approx(low), 0.98),)
+    assert source_expert(PHASED, WAN21, "transformer_2") == "transformer"
+    assert source_expert(PHASED, WAN22, "transformer_2") == "transformer_2"
 
 
 def test_dmd2_is_one_phase_of_all_experts():
-    method = build_method(Dmd2(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(DMD2, WAN22, RectifiedFlow(), "flow")
     assert len(method.phases) == 1
     assert method.phases[0].student == WAN22.experts
     assert method.phases[0].end == 0.0
-    assert student_routing(Dmd2(), WAN22) == WAN22
+    assert student_routing(DMD2, WAN22) == WAN22
 
 
 def test_times_are_uniform_before_the_shift_and_one_expert_a_batch():
-    times = TimeRange.above(0.0, WAN22, mu=5.0)
+    times = TimeRange.between(0.0, 1.0, WAN22, mu=5.0)
     u, seen = [], {"transformer": 0, "transformer_2": 0}
     for i in range(400):
         t, expert = times.draw(draws(f"{i}/x", 8), f"p{i}")
@@ -84,8 +87,8 @@ def test_times_are_uniform_before_the_shift_and_one_expert_a_batch():
         u.append(unshift(t, 5.0))
     assert abs(seen["transformer"] / 400 - (1 - float(unshift(torch.tensor(0.875), 5.0)))) < 0.08
     assert abs(torch.cat(u).mean() - 0.5) < 0.05
-    with pytest.raises(ValueError, match="no time lies above"):
-        TimeRange.above(0.999, WAN22, mu=1.0, clip=(0.0, 0.5))
+    with pytest.raises(ValueError, match="no time lies between"):
+        TimeRange.between(0.999, 1.0, WAN22, mu=1.0, clip=(0.0, 0.5))
 
 
 def test_split_grid_sends_a_step_at_the_boundary_to_the_noisier_phase():
@@ -96,7 +99,7 @@ def test_split_grid_sends_a_step_at_the_boundary_to_the_noisier_phase():
 
 @pytest.mark.parametrize("name", ["phased", "dmd2"])
 def test_only_the_exit_step_carries_a_gradient_and_jumps_to_the_phases_end(name):
-    method = build_method(Phased() if name == "phased" else Dmd2(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(PHASED if name == "phased" else DMD2, WAN22, RectifiedFlow(), "flow")
     student, cond = experts(WAN22, 0), torch.randn(4, 1, 2)
     for phase in method.phases:
         exits = set()
@@ -118,7 +121,7 @@ def test_the_last_exit_of_the_last_phase_is_the_sampler():
     """Leaving at the last step gives exactly what sampling the student gives."""
     from raydmd.sampling import sample
 
-    method = build_method(Phased(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
     student, cond = experts(WAN22, 0), torch.randn(4, 1, 2)
     phase = method.phases[1]
     for i in range(20):
@@ -133,26 +136,26 @@ def test_the_last_exit_of_the_last_phase_is_the_sampler():
 
 
 def test_a_fake_that_equals_the_teacher_gives_no_gradient_without_guidance():
-    for settings in (Phased(guidance=1.0), Dmd2(guidance=1.0)):
+    for settings in (Method(name="phased", guidance=1.0), Method(name="dmd2", guidance=1.0)):
         method = build_method(settings, WAN22, RectifiedFlow(), "flow")
         student, teacher, cond = experts(WAN22, 0), experts(WAN22, 5), torch.randn(4, 1, 2)
         for phase in method.phases:
             sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
-            (query,) = method.queries(sample, phase, draws())
+            (query,) = method.queries(sample, phase, draws(), 0.0)
             answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance).detach()
-            loss = method.generator_loss(teacher, sample, cond, [query], [answer])
+            loss = method.generator_loss(teacher, sample, cond, [query], [Answer(x0=answer)], 0.0)
             assert float(loss.detach()) == 0.0
 
 
 def test_gradient_routing():
     """The generator's loss moves the student alone, the fake's loss the fake alone."""
-    method = build_method(Phased(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
     student, fake, teacher, cond = experts(WAN22, 0), experts(WAN22, 3), experts(WAN22, 5), torch.randn(4, 1, 2)
     phase = method.phases[1]
     sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
-    (query,) = method.queries(sample, phase, draws())
+    (query,) = method.queries(sample, phase, draws(), 0.0)
     answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance)
-    method.generator_loss(fake, sample, cond, [query], [answer]).backward()
+    method.generator_loss(fake, sample, cond, [query], [Answer(x0=answer)], 0.0).backward()
     assert all(m.weight.grad is None for e in (fake, teacher) for m in e.modules.values())
     assert any(m.weight.grad is not None for m in student.modules.values())
     for m in student.modules.values():
@@ -164,7 +167,7 @@ def test_gradient_routing():
 
 
 def test_the_fakes_loss_of_a_clean_phase_is_plain_flow_matching():
-    method = build_method(Phased(), WAN22, RectifiedFlow(), "flow")
+    method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
     phase, cond, fake = method.phases[1], torch.randn(4, 1, 2), experts(WAN22, 3)
     sample = method.rollout(experts(WAN22, 0), cond, draws(), phase, LATENT, grad=False)
     loss, _, t = method.fake_loss(fake, sample, cond, draws(), phase)

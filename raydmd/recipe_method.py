@@ -1,0 +1,268 @@
+"""The ``method`` section: the papers' methods as settings of the same few parts.
+
+A preset's name fills in what is not given; every other key may be set beside it, so a mixture of papers
+is a preset with a part of another switched on.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raydmd.process import step_grid
+from raydmd.recipe_types import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    Times,
+    Weight,
+    Word,
+    ever_positive,
+    rising,
+)
+
+FLOOR = 1e-3
+CAP = 10.0
+Schedule = Literal["coupled", "full", "constrained", "hybrid"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv:2311.18828: one step, regression on the teacher's pairs
+    "dmd": {"steps": 1, "shift": 1.0, "regression": {}},
+    # arXiv:2405.14867: backward simulation with fresh noise between the steps
+    "dmd2": {"solver": "renoise"},
+    # arXiv:2510.27684: an expert per phase, matched where the phase ends
+    "phased": {"boundaries": (0.875,)},
+    # arXiv:2511.22677: guidance taken out of distribution matching, each at noise levels of its own
+    "decoupled": {"solver": "renoise", "decouple": {}},
+    # arXiv:2602.07345: decoupled, the two weighed per sample by a reward
+    "amd": {"solver": "renoise", "decouple": {}, "adapt": {}},
+    # arXiv:2602.03139: the first step follows the teacher, the others match distributions
+    "dp_dmd": {"rollout": "unroll", "normaliser": "noisy_distance", "times": (0.0, 1.0), "anchor": {}},
+}
+
+
+class Decouple(Section):
+    """Decoupled DMD (arXiv:2511.22677): distribution matching (DM) and guidance augmentation (CA) apart."""
+
+    schedule: Schedule = "hybrid"
+    """Where each renoises: ``coupled`` at one level with one noise (DMD); ``full`` each anywhere; ``constrained`` each
+    cleaner than the student's input; ``hybrid`` CA cleaner than the input, DM anywhere."""
+    match: Weight = 1.0
+    augment: Weight = 1.0
+    """On top of CA's own ``guidance - 1``."""
+    augment_times: Times = (0.02, 0.98)
+    """CA's window before the shift; DM's is ``method.times``."""
+    augment_times_end: Times | None = None
+    """Where CA's window has moved to at a phase's end."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        rising("augment_times", self.augment_times)
+        if self.augment_times_end is not None:
+            rising("augment_times_end", self.augment_times_end)
+        if self.schedule == "coupled" and (self.augment_times != (0.02, 0.98) or self.augment_times_end is not None):
+            raise ValueError("augment_times do nothing with schedule=coupled, where CA renoises as DM does")
+        if not ever_positive(self.match) and not ever_positive(self.augment):
+            raise ValueError("match=0 and augment=0 leave the student no score to follow")
+        return self
+
+
+class Anchor(Section):
+    """DP-DMD's diversity anchor (arXiv:2602.03139): the first step follows the teacher's own start."""
+
+    steps: Count = 5
+    """K, the teacher's steps that are followed."""
+    of: Count = 30
+    """The teacher's steps from noise to clean."""
+    weight: Weight = 0.05
+    guidance: NonNegative | None = None
+    """Of the teacher's walk; default: ``method.guidance``."""
+    shift: Positive | None = None
+    """Of the teacher's own grid; default: ``method.shift``."""
+    detach: bool = True
+    """Keep the other terms' gradient out of the first step; ``false`` is the paper's ablation."""
+
+    @model_validator(mode="after")
+    def _within_the_grid(self) -> Self:
+        if self.steps > self.of:
+            raise ValueError(f"steps={self.steps} of the teacher's {self.of} steps can't be followed")
+        return self
+
+
+class Regression(Section):
+    """DMD's regression (arXiv:2311.18828): noise-image pairs of the teacher keep the student's modes."""
+
+    pairs: Path | None = None
+    """Folder of pairs, made by ``raydmd pairs``."""
+    weight: Weight = 0.25
+    distance: Literal["lpips", "l2", "ssim"] = "lpips"
+    """``lpips`` and ``ssim`` compare decoded pixels, ``l2`` latents."""
+    backbone: Path | None = None
+    """Weights of LPIPS's network; default: the one ``lpips`` comes with."""
+    batch: Count | None = None
+    """Pairs per student update, over all workers; default: ``training.batch``."""
+    resample: NonNegative = 0.0
+    """How strongly pairs with a large current error are drawn more often; 0 draws all alike."""
+
+
+class Gan(Section):
+    """DMD2's adversarial term (arXiv:2405.14867): a head on the fake score's features tells real from student."""
+
+    real: Path
+    """Folder of images or clips, or a latents file made by ``raydmd encode``."""
+    weight: Weight = 5e-3
+    """In the student's loss."""
+    head_weight: Positive = 1e-2
+    """In the fake score's loss."""
+    r1: NonNegative = 0.0
+    """Weight of the gradient penalty on real samples."""
+    balance: bool = False
+    """Scale the term so that its gradient on the sample is ``weight`` times the score term's."""
+
+
+class Moments(Section):
+    """Decoupled DMD's mean-variance regulariser, a weak stand-in for distribution matching in its ablation."""
+
+    weight: Weight = 1.0
+    mean: float = 0.0
+    """Of a latent; the paper has 0.075 for SDXL."""
+    variance: Positive = 1.0
+    """Of a latent; the paper has 0.81 for SDXL."""
+
+
+class Reward(Section):
+    """One reward model."""
+
+    kind: Literal["zoo", "clip", "pick", "hps", "image_reward"] = "zoo"
+    path: Word | None = None
+    """A hub id or folder; default: the zoo's judge, or the kind's usual hub id."""
+    weight: Positive = 1.0
+    frames: Count = 4
+    """Frames of a clip that are looked at, evenly spaced."""
+
+
+class Adapt(Section):
+    """AMD (arXiv:2602.07345): each sample's DM and CA weights follow its reward within its prompt's group.
+
+    The paper's text was not to be had: group size, strengths, clip and the fake score's weights are this project's
+    reading, and settings for that reason.
+    """
+
+    group: Annotated[int, Field(ge=2)] = 4
+    """Samples per prompt whose rewards are compared."""
+    strength: Fraction = 0.5
+    """s: weights lie in 1 - s .. 1 + s."""
+    fake_strength: Fraction = 0.5
+    """How much more the fake score learns from samples with a low reward."""
+    clip: Positive = 1.0
+    """Bound on the normalised advantage."""
+    epsilon: Positive = 1e-4
+    """Added to the group's standard deviation."""
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = (Reward(),)
+
+
+class Method(Section):
+    """How the student is taught: rollout, score term, auxiliary terms."""
+
+    name: Literal["dmd", "dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
+    """The preset whose settings hold where none is given."""
+    steps: Count = 4
+    shift: Positive = 5.0
+    boundaries: tuple[float, ...] = ()
+    """Noise levels that end each phase but the last, falling. Phase k renoises above its own."""
+    guidance: NonNegative = 4.0
+    """Of the teacher; ``uncond + scale * (cond - uncond)``."""
+    times: Times = (0.02, 0.98)
+    """Where distribution matching renoises, before the shift."""
+    times_end: Times | None = None
+    """Where that window has moved to at a phase's end."""
+    rollout: Literal["simulate", "unroll"] = "simulate"
+    """``simulate`` leaves at a random step, which alone is differentiated (DMD2, Phased DMD); ``unroll``
+    differentiates all steps of the phase (DP-DMD)."""
+    solver: Literal["renoise", "euler"] = "euler"
+    """Between steps, in training, in evaluation and in the exported scheduler: fresh noise on the predicted
+    x0 (DMD2), or deterministic Euler."""
+    normaliser: Literal["distance", "noisy_distance", "none"] = "distance"
+    """``distance``: over the sample's mean ``|x - D_real|`` (DMD2). ``noisy_distance``: ``|x_t - D_real|`` (DP-DMD's
+    code). ``none``: the score difference itself (Phased DMD's equations)."""
+    normaliser_floor: NonNegative = FLOOR
+    fake_weight_cap: Positive = CAP
+    """Cap on ``1 / sigma_{t|s}^2`` in the fake score's loss (Phased DMD, eq. 13)."""
+    fake_shift: Positive | None = None
+    """Shift of the fake score's times; default: ``shift``."""
+    decouple: Decouple | None = None
+    anchor: Anchor | None = None
+    regression: Regression | None = None
+    gan: Gan | None = None
+    moments: Moments | None = None
+    adapt: Adapt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return _merged(PRESETS.get(str(given.get("name", "phased")), {}), given)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        rising("times", self.times)
+        if self.times_end is not None:
+            rising("times_end", self.times_end)
+        if self.normaliser == "none" and self.normaliser_floor != FLOOR:
+            raise ValueError(f"normaliser_floor={self.normaliser_floor} does nothing with normaliser=none")
+        if not self.boundaries and self.fake_weight_cap != CAP:
+            raise ValueError(f"fake_weight_cap={self.fake_weight_cap} does nothing without boundaries; leave it out")
+        first = self._steps_of_phases()[0]
+        if self.boundaries and self.solver == "renoise":
+            raise ValueError("solver=renoise has no place in a phase that ends at a noise level; use solver=euler")
+        if self.anchor and self.anchor.detach and first == 1:
+            where = "phase 1 has" if self.boundaries else "the student has"
+            raise ValueError(
+                f"anchor trains the first step alone and {where} a single one, so nothing is left for matching; "
+                "use more steps or anchor.detach=false"
+            )
+        if self.decouple and self.guidance == 1 and ever_positive(self.decouple.augment):
+            raise ValueError("decouple.augment does nothing at guidance=1, where there is no guidance to augment with")
+        if self.adapt and not self.decouple:
+            raise ValueError(
+                "adapt weighs matching and augmentation apart: give decouple too (schedule: coupled keeps DMD's levels)"
+            )
+        if self.moments and self.boundaries:
+            raise ValueError("moments regularises clean samples; those of a phase that ends at a noise level are not")
+        if self.regression and self.rollout == "simulate" and self.steps > 1:
+            raise ValueError("regression differentiates all the way from noise: use steps=1 or rollout=unroll")
+        if self.regression and self.boundaries:
+            raise ValueError("regression compares finished images; a phase that ends at a noise level makes none")
+        return self
+
+    def _steps_of_phases(self) -> list[int]:
+        if any(not 0 < b < 1 for b in self.boundaries):
+            raise ValueError(f"boundaries must lie strictly between 0 and 1, given {list(self.boundaries)}")
+        if list(self.boundaries) != sorted(set(self.boundaries), reverse=True):
+            raise ValueError(f"boundaries must fall, given {list(self.boundaries)}")
+        grid = step_grid(self.steps, self.shift)[:-1]
+        edges = (float("inf"), *self.boundaries, 0.0)
+        counts = [sum(lower <= t < upper for t in grid) for upper, lower in pairwise(edges)]
+        if 0 in counts:
+            times = ", ".join(f"{t:.4f}" for t in grid)
+            raise ValueError(
+                f"steps={self.steps} at shift={self.shift} gives no step to phase {counts.index(0) + 1} of "
+                f"{len(counts)}: its times are {times}, boundaries are {list(self.boundaries)}. "
+                "Use more steps, another shift or fewer boundaries"
+            )
+        return counts
+
+
+def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` over ``base``; sections that both have are merged too."""
+    merged = dict(base)
+    for key, value in given.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
