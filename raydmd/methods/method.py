@@ -135,6 +135,11 @@ class Method:
     adaptation: Adaptation | None = None
     fake_weight_cap: float
 
+    @property
+    def adapts_fake(self) -> bool:
+        """Whether the fake score's loss is weighed by rewards."""
+        return self.adaptation is not None and self.adaptation.fake_strength > 0
+
     def queries(self, sample: Sample, phase: Phase, draws: Draws, progress: float) -> tuple[Query, ...]:
         """What the teacher is asked about a sample."""
         return self.score.queries(sample, phase, draws, progress)

@@ -44,16 +44,17 @@ class Query:
     split: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What the teacher said.
+    """What a frozen model says, without gradient.
 
     Attributes:
-        x0: its guided prediction of the clean latents, or the conditional half of a split answer, ``(B, *latent)``.
-        uncond: the unconditional half of a split answer.
+        value: to a query the guided prediction of the clean latents ``(B, *latent)``, or the conditional one if it is
+            split; to a walk the latents at its last time; for a reward the rewards ``(B,)``. fp32.
+        uncond: the unconditional prediction, where the query is split.
     """
 
-    x0: Tensor
+    value: Tensor
     uncond: Tensor | None = None
 
 
@@ -140,9 +141,9 @@ class Matching(ScoreTerm):
         (query,), (answer,) = queries, answers
         d_fake = fake_x0(query)
         if self.normaliser == "none":
-            return raw_gradient(self.process, query.x_t, answer.x0, d_fake, sample.s, query.t)
+            return raw_gradient(self.process, query.x_t, answer.value, d_fake, sample.s, query.t)
         reference = sample.x0 if self.normaliser == "distance" else query.x_t
-        return normalised_gradient(reference, answer.x0, d_fake, floor=self.floor)
+        return normalised_gradient(reference, answer.value, d_fake, floor=self.floor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +204,10 @@ class Decoupled(ScoreTerm):
         dm, ca = answers[0], answers[-1]
         if ca.uncond is None:
             raise ValueError("guidance augmentation needs the teacher's answer in its halves")
-        guided = self.guidance.combine(ca.x0, ca.uncond)
-        dm_direction = matching_direction(dm.x0, fake_x0(queries[0]))
-        ca_direction = augmentation_direction(ca.x0, ca.uncond, scale=self.guidance.scale)
-        dm_scale = self._scale(sample, queries[0], guided if len(queries) == 1 else dm.x0)
+        guided = self.guidance.combine(ca.value, ca.uncond)
+        dm_direction = matching_direction(dm.value, fake_x0(queries[0]))
+        ca_direction = augmentation_direction(ca.value, ca.uncond, scale=self.guidance.scale)
+        dm_scale = self._scale(sample, queries[0], guided if len(queries) == 1 else dm.value)
         ca_scale = self._scale(sample, queries[-1], guided)
         return per_sample(match * dm_scale, dm_direction) + per_sample(augment * ca_scale, ca_direction)
 

@@ -1,4 +1,4 @@
-"""What a trainer sees of a frozen teacher, wherever it runs: submit now, ask later."""
+"""What a trainer sees of a frozen model, wherever it runs: submit now, ask later."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from raydmd.errors import PoolError
 
 if TYPE_CHECKING:
-    from raydmd.serving.messages import Request, ScoreReply
+    from raydmd.serving.messages import Reply, Request
 
 
 class ReplicaBusy(PoolError):
@@ -28,23 +28,23 @@ class Pending(ABC):
         """Seconds for which :meth:`result` has blocked."""
 
     @abstractmethod
-    def result(self) -> ScoreReply:
+    def result(self) -> Reply:
         """Wait for the answer; later calls return it, or raise the same error, again.
 
         Returns:
-            The answer; ``x0`` is on the device of the request's ``x_t``.
+            The reply; its tensors are on the device of the request's ``x_t``.
 
         Raises:
-            NonFiniteError: the teacher's answer has a non-finite value.
-            InputError: the request fits no expert, condition or shape of the teacher.
+            NonFiniteError: the answer has a non-finite value.
+            InputError: the request fits no expert, condition or shape of the model.
             ScoreTimeout: the deadline passed.
             PoolExhausted: retries are used up, or no replica is left alive.
-            ReplicaFailed: a teacher in this process raised; there is no other to ask.
+            ReplicaFailed: a model in this process raised; there is no other to ask.
         """
 
 
-class TeacherClient(ABC):
-    """Asks a frozen teacher. For use by one thread."""
+class Client(ABC):
+    """Asks a frozen model. For use by one thread."""
 
     @property
     @abstractmethod

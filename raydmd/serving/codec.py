@@ -6,14 +6,16 @@ times as long. numpy knows no bfloat16, so its bits travel as uint16.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raydmd.errors import InputError
 from raydmd.guidance import Guidance
-from raydmd.serving.messages import Request, ScoreReply, ScoreRequest, WalkRequest
+from raydmd.methods.terms import Answer
+from raydmd.serving.messages import Reply, Request, RewardRequest, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,8 +34,9 @@ class ArrayWire(TypedDict):
 
 
 class RequestWire(TypedDict):
-    """A :class:`~raydmd.serving.messages.ScoreRequest` on the wire, with who asks; a walk has a grid and no ``t``."""
+    """A request on the wire, with who asks; each kind fills in what it has."""
 
+    kind: Literal["score", "walk", "reward"]
     x_t: ArrayWire
     t: ArrayWire | None
     grid: tuple[float, ...]
@@ -46,9 +49,9 @@ class RequestWire(TypedDict):
 
 
 class ReplyWire(TypedDict):
-    """A :class:`~raydmd.serving.messages.ScoreReply` on the wire."""
+    """A :class:`~raydmd.serving.messages.Reply` on the wire."""
 
-    x0: ArrayWire
+    value: ArrayWire
     uncond: ArrayWire | None
     replica: str
     seconds: float
@@ -83,56 +86,64 @@ def decode_array(wire: ArrayWire) -> Tensor:
 
 def encode_request(request: Request, client: str) -> RequestWire:
     """A request for the wire; its arrays share memory with the request's CPU tensors."""
-    return RequestWire(
+    wire = RequestWire(
+        kind="reward",
         x_t=encode_array(request.x_t),
-        t=None if isinstance(request, WalkRequest) else encode_array(request.t),
-        grid=request.grid if isinstance(request, WalkRequest) else (),
+        t=None,
+        grid=(),
         conditions=tuple(request.conditions),
-        guidance=request.guidance.scale,
-        expert="" if isinstance(request, WalkRequest) else request.expert,
-        split=isinstance(request, ScoreRequest) and request.split,
+        guidance=1.0,
+        expert="",
+        split=False,
         name=request.name,
         client=client,
     )
+    if isinstance(request, ScoreRequest):
+        wire |= {"kind": "score", "t": encode_array(request.t), "guidance": request.guidance.scale}
+        wire |= {"expert": request.expert, "split": request.split}
+    elif isinstance(request, WalkRequest):
+        wire |= {"kind": "walk", "grid": request.grid, "guidance": request.guidance.scale}
+    return wire
 
 
 def decode_request(wire: RequestWire) -> Request:
     """The request of a wire record; who asked stays in ``wire["client"]``."""
+    x_t, conditions, name = decode_array(wire["x_t"]), wire["conditions"], wire["name"]
+    if wire["kind"] == "reward":
+        return RewardRequest(x_t=x_t, conditions=conditions, name=name)
+    guidance = Guidance(wire["guidance"])
+    if wire["kind"] == "walk":
+        return WalkRequest(x_t=x_t, grid=wire["grid"], conditions=conditions, guidance=guidance, name=name)
     if wire["t"] is None:
-        return WalkRequest(
-            x_t=decode_array(wire["x_t"]),
-            grid=wire["grid"],
-            conditions=wire["conditions"],
-            guidance=Guidance(wire["guidance"]),
-            name=wire["name"],
-        )
+        raise InputError(f"request {name!r} asks for scores and gives no times")
     return ScoreRequest(
-        x_t=decode_array(wire["x_t"]),
+        x_t=x_t,
         t=decode_array(wire["t"]),
-        conditions=wire["conditions"],
-        guidance=Guidance(wire["guidance"]),
+        conditions=conditions,
+        guidance=guidance,
         expert=wire["expert"],
         split=wire["split"],
-        name=wire["name"],
+        name=name,
     )
 
 
-def encode_reply(reply: ScoreReply) -> ReplyWire:
+def encode_reply(reply: Reply) -> ReplyWire:
     """A reply for the wire; its arrays share memory with the reply's CPU tensors."""
+    uncond = reply.answer.uncond
     return ReplyWire(
-        x0=encode_array(reply.x0),
-        uncond=None if reply.uncond is None else encode_array(reply.uncond),
+        value=encode_array(reply.answer.value),
+        uncond=None if uncond is None else encode_array(uncond),
         replica=reply.replica,
         seconds=reply.seconds,
         batch_items=reply.batch_items,
     )
 
 
-def decode_reply(wire: ReplyWire) -> ScoreReply:
+def decode_reply(wire: ReplyWire) -> Reply:
     """The reply of a wire record, on the CPU."""
-    return ScoreReply(
-        x0=decode_array(wire["x0"]),
-        uncond=None if wire["uncond"] is None else decode_array(wire["uncond"]),
+    uncond = None if wire["uncond"] is None else decode_array(wire["uncond"])
+    return Reply(
+        answer=Answer(value=decode_array(wire["value"]), uncond=uncond),
         replica=wire["replica"],
         seconds=wire["seconds"],
         batch_items=wire["batch_items"],

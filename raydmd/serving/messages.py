@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raydmd.guidance import Guidance
+    from raydmd.methods.terms import Answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,24 +58,37 @@ class WalkRequest:
     name: str = ""
 
 
-Request = ScoreRequest | WalkRequest
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardRequest:
+    """A question to a reward model: how good are these samples for their prompts? Pure, as the others are.
+
+    Attributes:
+        x_t: clean latents ``(B, *latent)``, fp32; decoded where the reward runs.
+        conditions: row of the condition table per sample, length B; row k is the k-th prompt.
+        name: for messages.
+    """
+
+    x_t: Tensor
+    conditions: tuple[int, ...]
+    name: str = ""
+
+
+TeacherRequest = ScoreRequest | WalkRequest
+Request = TeacherRequest | RewardRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreReply:
-    """The teacher's answer.
+class Reply:
+    """An answer and how it was made.
 
     Attributes:
-        x0: guided prediction of the clean latents ``(B, *latent)``, fp32; the conditional one of a split request; the
-            latents at the last time of a walk.
-        uncond: the unconditional prediction of a split request.
+        answer: what was asked for.
         replica: who answered.
         seconds: time the forward took.
         batch_items: samples in the forward that served it, over all clients.
     """
 
-    x0: Tensor
-    uncond: Tensor | None = None
+    answer: Answer
     replica: str
     seconds: float
     batch_items: int

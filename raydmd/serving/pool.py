@@ -1,9 +1,9 @@
-"""The driver's side of a pool of teacher replicas: start, watch, close."""
+"""The driver's side of a pool of replicas: start, watch, close."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
@@ -11,14 +11,13 @@ from ray.exceptions import ActorDiedError, RayError
 
 from raydmd.errors import PoolError
 from raydmd.serving.pool_client import ClientSpec, ReplicaHandle, plain
-from raydmd.serving.replica import ReplicaSettings, ReplicaStats, TeacherReplica
+from raydmd.serving.replica import Replica, ReplicaSettings, ReplicaStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from raydmd.models.base import Experts
-    from raydmd.recipe import Placement
+    from raydmd.serving.engine import Engine
 
 # Calls that may run in an actor beside the queued ones: pings, and refusals on their way out.
 _SPARE_CALLS = 32
@@ -38,8 +37,31 @@ class PoolStats:
     unreachable: dict[str, str]
 
 
-class TeacherPool:
-    """Replicas of one frozen teacher. Owned by the process that started them; they end with it."""
+@dataclass(frozen=True, kw_only=True)
+class Replicas:
+    """How many replicas a pool has and what each gets.
+
+    Attributes:
+        copies: how many.
+        cpus: of each.
+        gpus: of each; above 0 the model runs on one.
+        resources: custom resources of each.
+        threads: CPU threads of a forward.
+        batch_items: samples in one forward.
+        batch_wait: seconds a request waits for company.
+    """
+
+    copies: int
+    cpus: float
+    gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    threads: int = 1
+    batch_items: int = 64
+    batch_wait: float = 0.003
+
+
+class Pool:
+    """Replicas of one frozen model. Owned by the process that started them; they end with it."""
 
     def __init__(self, spec: ClientSpec) -> None:
         """Take charge of running replicas; :meth:`start` makes them.
@@ -53,13 +75,11 @@ class TeacherPool:
     @classmethod
     def start(
         cls,
-        placement: Placement,
-        build: Callable[[], Experts],
-        conditions_file: str,
+        asked: Replicas,
+        build: Callable[[str], Engine],
         *,
         name: str = "teacher",
         deterministic: bool = False,
-        sample_shape: tuple[int, ...] | None = None,
         queue_limit: int = 256,
         start_timeout: float = 600.0,
         request_timeout: float = 600.0,
@@ -70,13 +90,11 @@ class TeacherPool:
         """Start the replicas and wait until each has loaded and answered.
 
         Args:
-            placement: how many replicas, what each gets, and its batch bounds.
-            build: loads the frozen teacher; picklable. It runs in every replica, and again after a
+            asked: how many replicas, what each gets, and its batch bounds.
+            build: loads the frozen model onto a device; picklable. It runs in every replica, and again after a
                 restart, so it must read from what a replica's node can reach.
-            conditions_file: safetensors with ``embeds``, reachable from the replicas' nodes.
             name: of the pool, for messages.
             deterministic: deterministic kernels, no batching across requests, routing by name.
-            sample_shape: shape of one latent, for a warm-up; ``None`` skips it.
             queue_limit: requests that may wait in a replica.
             start_timeout: seconds until all must have answered.
             request_timeout: seconds from submit to the deadline of a request.
@@ -92,30 +110,29 @@ class TeacherPool:
             PoolError: if a replica cannot load (with its own error) or does not answer in time. All
                 replicas are ended then.
         """
-        actor = ray.remote(TeacherReplica)
+        actor = ray.remote(Replica)
         handles = []
-        for i in range(placement.teachers):
+        for i in range(asked.copies):
             settings = ReplicaSettings(
                 name=f"{name}/{i}",
-                device="cuda" if placement.teacher_gpus > 0 else "cpu",
-                threads=placement.threads,
-                batch_items=placement.batch_items,
-                batch_wait=placement.batch_wait,
+                device="cuda" if asked.gpus > 0 else "cpu",
+                threads=asked.threads,
+                batch_items=asked.batch_items,
+                batch_wait=asked.batch_wait,
                 queue_limit=queue_limit,
                 deterministic=deterministic,
-                sample_shape=sample_shape,
             )
             options = actor.options(
-                num_cpus=placement.teacher_cpus,
-                num_gpus=placement.teacher_gpus,
-                resources=dict(placement.teacher_resources),
+                num_cpus=asked.cpus,
+                num_gpus=asked.gpus,
+                resources=dict(asked.resources),
                 # A dead replica comes back, its calls do not: clients resend within deadlines.
                 max_restarts=-1,
                 max_task_retries=0,
-                max_concurrency=queue_limit + placement.batch_items + _SPARE_CALLS,
+                max_concurrency=queue_limit + asked.batch_items + _SPARE_CALLS,
                 scheduling_strategy="SPREAD",
             )
-            handle = options.remote(build, conditions_file, settings)
+            handle = options.remote(build, settings)
             handles.append(ReplicaHandle(settings.name, handle))
         pool = cls(
             ClientSpec(
@@ -128,7 +145,7 @@ class TeacherPool:
             )
         )
         try:
-            pool._await_all(start_timeout, placement, clock)
+            pool._await_all(start_timeout, asked, clock)
         except BaseException:
             pool.close()
             raise
@@ -180,7 +197,7 @@ class TeacherPool:
         """Close."""
         self.close()
 
-    def _await_all(self, timeout: float, placement: Placement, clock: Callable[[], float]) -> None:
+    def _await_all(self, timeout: float, asked: Replicas, clock: Callable[[], float]) -> None:
         deadline = clock() + timeout
         waiting: dict[Any, ReplicaHandle] = {r.actor.ping.remote(): r for r in self._spec.replicas}
         last = ""
@@ -191,7 +208,7 @@ class TeacherPool:
                 raise PoolError(
                     f"pool {self._spec.pool!r}: {', '.join(names)} did not load within "
                     f"{timeout:g} s. "
-                    f"Asked for {placement.teachers} x {_asked(placement)}; the cluster has "
+                    f"Asked for {asked.copies} x {_demand(asked)}; the cluster has "
                     f"{_cluster()}{f'; last error: {last}' if last else ''}"
                 )
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, _SLICE))
@@ -211,9 +228,8 @@ class TeacherPool:
                     waiting[replica.actor.ping.remote()] = replica
 
 
-def _asked(placement: Placement) -> dict[str, float]:
-    asked = {"CPU": placement.teacher_cpus, "GPU": placement.teacher_gpus}
-    return {k: v for k, v in {**asked, **placement.teacher_resources}.items() if v}
+def _demand(asked: Replicas) -> dict[str, float]:
+    return {k: v for k, v in {"CPU": asked.cpus, "GPU": asked.gpus, **asked.resources}.items() if v}
 
 
 def _cluster() -> str:

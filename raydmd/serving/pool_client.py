@@ -18,7 +18,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from raydmd.errors import PoolExhausted, RaydmdError, ScoreTimeout
-from raydmd.serving.client import Pending, ReplicaBusy, ReplicaFailed, TeacherClient
+from raydmd.methods.terms import Answer
+from raydmd.serving.client import Client, Pending, ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import decode_reply, encode_request
 from raydmd.serving.health import Health, Limits
 from raydmd.serving.router import Candidate, choose
@@ -26,7 +27,7 @@ from raydmd.serving.router import Candidate, choose
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from raydmd.serving.messages import Request, ScoreReply
+    from raydmd.serving.messages import Reply, Request
 
 _SLICE = 0.2
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
@@ -111,14 +112,14 @@ class PoolPending(Pending):
         self.last_error = ""
         self._client = client
         self._waited = 0.0
-        self._outcome: ScoreReply | RaydmdError | None = None
+        self._outcome: Reply | RaydmdError | None = None
 
     @property
     def waited(self) -> float:
         """See :class:`~raydmd.serving.client.Pending`."""
         return self._waited
 
-    def result(self) -> ScoreReply:
+    def result(self) -> Reply:
         """See :class:`~raydmd.serving.client.Pending`."""
         if self._outcome is None:
             self._outcome, seconds = self._client.drive(self)
@@ -128,7 +129,7 @@ class PoolPending(Pending):
         return self._outcome
 
 
-class PoolClient(TeacherClient):
+class PoolClient(Client):
     """Asks a pool. One per worker, used by one thread."""
 
     def __init__(
@@ -141,7 +142,7 @@ class PoolClient(TeacherClient):
         """Connect; costs nothing.
 
         Args:
-            spec: from :meth:`raydmd.serving.pool.TeacherPool.client_spec`.
+            spec: from :meth:`raydmd.serving.pool.Pool.client_spec`.
             client_id: who asks, e.g. ``trial 3 rank 0``; replicas serve clients in turns.
             clock: seconds.
         """
@@ -156,7 +157,7 @@ class PoolClient(TeacherClient):
 
     @property
     def retries(self) -> int:
-        """See :class:`~raydmd.serving.client.TeacherClient`; refusals are not among them."""
+        """See :class:`~raydmd.serving.client.Client`; refusals are not among them."""
         return self._retries
 
     @property
@@ -181,7 +182,7 @@ class PoolClient(TeacherClient):
             self._send(pending, target, now)
         return pending
 
-    def drive(self, pending: PoolPending) -> tuple[ScoreReply | RaydmdError, float]:
+    def drive(self, pending: PoolPending) -> tuple[Reply | RaydmdError, float]:
         """Bring one request to its end; for :meth:`PoolPending.result`.
 
         Args:
@@ -191,7 +192,7 @@ class PoolClient(TeacherClient):
             The answer or the error to raise, and the seconds this took.
         """
         start = self._clock()
-        outcome: ScoreReply | RaydmdError | None = None
+        outcome: Reply | RaydmdError | None = None
         while outcome is None:
             now = self._clock()
             self._probe(now)
@@ -207,7 +208,7 @@ class PoolClient(TeacherClient):
         self._open.discard(pending)
         return outcome, self._clock() - start
 
-    def _collect(self, pending: PoolPending) -> ScoreReply | RaydmdError | None:
+    def _collect(self, pending: PoolPending) -> Reply | RaydmdError | None:
         """Take in finished attempts: the answer, a final error, or nothing yet."""
         if not pending.attempts:
             return None
@@ -244,8 +245,12 @@ class PoolClient(TeacherClient):
                 replica.health.request_succeeded()
                 if pending.device.type == "cpu":
                     return reply
-                uncond = None if reply.uncond is None else reply.uncond.to(pending.device)
-                return dataclasses.replace(reply, x0=reply.x0.to(pending.device), uncond=uncond)
+                uncond = reply.answer.uncond
+                there = Answer(
+                    value=reply.answer.value.to(pending.device),
+                    uncond=None if uncond is None else uncond.to(pending.device),
+                )
+                return dataclasses.replace(reply, answer=there)
         return None
 
     def _advance(self, pending: PoolPending, now: float) -> RaydmdError | None:

@@ -1,4 +1,4 @@
-"""One replica of a frozen teacher: an async Ray actor around the batcher and one forward thread.
+"""One replica of a frozen model: an async Ray actor around the batcher and one forward thread.
 
 It answers and nothing else: no optimizer, no gradient, no retries. The class is plain; the pool
 wraps it with ``ray.remote``.
@@ -12,24 +12,24 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 
 from raydmd.errors import InputError, RaydmdError
-from raydmd.guidance import Guidance
-from raydmd.models.base import Conditions, Experts
-from raydmd.serving.batcher import Batcher, Entry, Key, Refused
+from raydmd.serving.batcher import Batcher, Entry, Refused
 from raydmd.serving.client import ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
-from raydmd.serving.local import Halves, answer, answer_each
-from raydmd.serving.messages import Request, ScoreReply, ScoreRequest, WalkRequest
+from raydmd.serving.engine import answer_each
+from raydmd.serving.messages import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from raydmd.methods.terms import Answer
+    from raydmd.serving.engine import Engine
+    from raydmd.serving.messages import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,12 @@ class ReplicaSettings:
 
     Attributes:
         name: e.g. ``teacher/0``; in replies and messages.
-        device: where the experts are put, ``cpu`` or ``cuda``.
+        device: where the model is put, ``cpu`` or ``cuda``.
         threads: CPU threads of the forward.
         batch_items: samples in one forward, before guidance doubles them.
         batch_wait: seconds a request waits for company.
         queue_limit: requests that may wait; more are refused.
         deterministic: deterministic kernels, and no batching across requests.
-        sample_shape: shape of one latent, for a forward of every expert before the first request;
-            ``None`` skips it.
     """
 
     name: str
@@ -55,7 +53,6 @@ class ReplicaSettings:
     batch_wait: float = 0.003
     queue_limit: int = 256
     deterministic: bool = False
-    sample_shape: tuple[int, ...] | None = None
 
 
 class ReplicaStats(TypedDict):
@@ -104,27 +101,25 @@ class _Job:
     future: asyncio.Future[ReplyWire]
 
 
-class TeacherReplica:
-    """Serves a frozen teacher to many clients; pure, so a request may be sent twice."""
+class Replica:
+    """Serves a frozen model to many clients; pure, so a request may be sent twice."""
 
     def __init__(
         self,
-        build: Callable[[], Experts],
-        conditions_file: str,
+        build: Callable[[str], Engine],
         settings: ReplicaSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load the teacher and, if a sample shape is given, run every expert once.
+        """Load the model and run it once.
 
         Args:
-            build: loads the frozen teacher; picklable, run in this process after every restart too.
-            conditions_file: safetensors with ``embeds`` ``(N, L, D)``, row 0 the negative prompt.
+            build: loads the engine onto a device; picklable, run in this process after every restart too.
             settings: how to run.
             clock: seconds.
 
         Raises:
-            InputError: if the conditions cannot be read.
+            InputError: if the model cannot be loaded.
             NonFiniteError: if the warm-up's answer is not finite.
         """
         # cuBLAS reads this when CUDA starts, so it must be set before anything is loaded.
@@ -133,10 +128,8 @@ class TeacherReplica:
         self._clock = clock
         # One thread: a device runs one forward at a time, and the event loop stays free for pings.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=self._prepare_thread)
-        self._experts = self._executor.submit(_load, build, settings.device).result()
-        self._conditions = _read_conditions(conditions_file)
-        if settings.sample_shape is not None:
-            self._executor.submit(_warm_up, self._experts, self._conditions, settings.sample_shape).result()
+        self._engine = self._executor.submit(build, settings.device).result()
+        self._executor.submit(self._engine.warm_up).result()
         self._batcher: Batcher[_Job] = Batcher(
             max_items=settings.batch_items,
             max_wait=settings.batch_wait,
@@ -164,7 +157,7 @@ class TeacherReplica:
         Raises:
             ReplicaBusy: the queue is full.
             ReplicaFailed: the forward raised for this request alone.
-            InputError: the request does not fit this teacher.
+            InputError: the request does not fit this model.
             NonFiniteError: an answer is not finite.
         """
         request = decode_request(payload)
@@ -172,7 +165,7 @@ class TeacherReplica:
         if size < 1:
             raise InputError(f"request {request.name!r} has no samples")
         job = _Job(request, asyncio.get_running_loop().create_future())
-        key = _key(request)
+        key = self._engine.key(request)
         verdict = self._batcher.offer(key, payload["client"], size, job, self._clock())
         if isinstance(verdict, Refused):
             self._refused += 1
@@ -227,7 +220,7 @@ class TeacherReplica:
     async def _serve(self, batch: list[Entry[_Job]]) -> None:
         start = self._busy_since = self._clock()
         requests = [entry.payload.request for entry in batch]
-        outcomes: list[Halves | RaydmdError]
+        outcomes: list[Answer | RaydmdError]
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._forward, requests)
         except Exception as error:  # nothing may end the pump, or every later request would hang
@@ -248,60 +241,14 @@ class TeacherReplica:
             self._answered += 1
             self._clients[entry.client] += entry.items
             if not future.done():
-                x0, uncond = outcome
-                reply = ScoreReply(
-                    x0=x0, uncond=uncond, replica=self._settings.name, seconds=seconds, batch_items=items
-                )
+                reply = Reply(answer=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
                 future.set_result(encode_reply(reply))
 
-    def _forward(self, requests: list[Request]) -> list[Halves | RaydmdError]:
-        return answer_each(self._experts, self._conditions, requests, who=self._settings.name)
+    def _forward(self, requests: list[Request]) -> list[Answer | RaydmdError]:
+        return answer_each(self._engine, requests, who=self._settings.name)
 
     def _prepare_thread(self) -> None:
         # The thread count is a property of the thread that runs the forward.
         torch.set_num_threads(self._settings.threads)
         if self._settings.deterministic:
             torch.use_deterministic_algorithms(True)
-
-
-def _key(request: Request) -> Key:
-    """What requests of one forward share."""
-    latent = tuple(request.x_t.shape[1:])
-    if isinstance(request, WalkRequest):
-        return Key("", latent, request.guidance.scale, request.grid)
-    return Key(request.expert, latent, request.guidance.scale, "split" if request.split else "")
-
-
-def _load(build: Callable[[], Experts], device: str) -> Experts:
-    experts = build()
-    for module in experts.modules.values():
-        module.to(device).eval().requires_grad_(False)
-    return experts
-
-
-def _read_conditions(file: str) -> Conditions:
-    try:
-        # Mapped, not read: replicas of a node share its pages.
-        with safe_open(Path(file), framework="pt") as tensors:
-            embeds = tensors.get_tensor("embeds")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"conditions {file}: {error}") from None
-    if embeds.ndim != 3 or not len(embeds):
-        raise InputError(f"conditions {file}: embeds must be (N, L, D), given {tuple(embeds.shape)}")
-    return Conditions(embeds=embeds)
-
-
-def _warm_up(experts: Experts, conditions: Conditions, shape: tuple[int, ...]) -> None:
-    edges = (1.0, *experts.routing.boundaries, 0.0)
-    for k, expert in enumerate(experts.routing.experts):
-        if expert in experts.modules:
-            middle = torch.full((1,), (edges[k] + edges[k + 1]) / 2)
-            request = ScoreRequest(
-                x_t=torch.zeros(1, *shape),
-                t=middle,
-                conditions=(0,),
-                guidance=Guidance(2.0),
-                expert=expert,
-                name=f"warm-up of {expert}",
-            )
-            answer(experts, conditions, [request])

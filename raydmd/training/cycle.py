@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from raydmd.methods.terms import Answer
-from raydmd.serving.messages import ScoreReply, ScoreRequest, WalkRequest
+from raydmd.serving.messages import RewardRequest, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
     from raydmd.methods.method import Method, Walk
     from raydmd.methods.phases import Phase
-    from raydmd.methods.terms import Query
-    from raydmd.serving.client import TeacherClient
+    from raydmd.methods.rollout import Sample
+    from raydmd.methods.terms import Answer, Query
+    from raydmd.serving.client import Client
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
 
@@ -56,6 +57,7 @@ class Actors:
         student: trained by the generator loss.
         fake: trained to follow the student.
         teacher: frozen, here or elsewhere.
+        rewards: reward models, where the method adapts to them.
         stream: makes batches by position.
         latent: shape of one latent.
         fake_updates: per student update.
@@ -67,7 +69,8 @@ class Actors:
     phase: Phase
     student: TrainedRole
     fake: TrainedRole
-    teacher: TeacherClient
+    teacher: Client
+    rewards: Client | None
     stream: Stream
     latent: tuple[int, ...]
     fake_updates: int
@@ -91,6 +94,7 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=True)
     progress = a.progress(cycle)
     queries, walk = a.method.queries(sample, a.phase, batch.draws, progress), a.method.walk(sample)
+    judged = a.rewards.submit(reward_request(sample, batch, f"cycle {cycle} reward")) if a.rewards else None
     pending = [a.teacher.submit(score_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
     pending += [a.teacher.submit(walk_request(walk, batch, f"cycle {cycle} walk"))] if walk else []
     watch.lap("rollout")
@@ -103,23 +107,28 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     watch.lap("fake")
 
     error: Exception | None = None
-    replies: list[ScoreReply] = []
+    answers: list[Answer] = []
+    rewards: Tensor | None = None
     try:
-        replies = [p.result() for p in pending]
+        answers = [p.result().answer for p in pending]
+        rewards = judged.result().answer.value if judged else None
     except Exception as e:  # raised again below, by all ranks together
         error = e
     a.agree(error)
     watch.lap("teacher_wait")
 
-    walked = replies.pop().x0 if walk else None
-    answers = [Answer(x0=r.x0, uncond=r.uncond) for r in replies]
-    loss = a.method.generator_loss(a.fake.experts, sample, batch.cond, queries, answers, progress, walked=walked)
+    walked = answers.pop().value if walk else None
+    loss = a.method.generator_loss(
+        a.fake.experts, sample, batch.cond, queries, answers, progress, walked=walked, rewards=rewards
+    )
     metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
     watch.lap("generator")
 
     metrics["student/x0_mean"] = float(sample.x0.mean())
     metrics["student/x0_std"] = float(sample.x0.std())
-    metrics["teacher/x0_std"] = float(torch.cat([r.x0 for r in replies]).std())
+    metrics["teacher/x0_std"] = float(torch.cat([answer.value for answer in answers]).std())
+    if rewards is not None:
+        metrics["student/reward"] = float(rewards.mean())
     return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
 
 
@@ -128,7 +137,8 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
     batch = a.stream.batch(cycle, purpose)
     with torch.no_grad():
         sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=False)
-    loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase)
+    rewards = _rewards(a, sample, batch, f"cycle {cycle} {purpose} reward")
+    loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase, rewards)
     norm = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
     metrics = {"fake/loss": float(loss.detach()), "fake/gradient": norm}
     for low, high in itertools.pairwise(BANDS):
@@ -136,6 +146,20 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
         if here.any():
             metrics[f"fake/error_{low:g}_{min(high, 1):g}"] = float(error[here].mean())
     return metrics
+
+
+def _rewards(a: Actors, sample: Sample, batch: Batch, name: str) -> Tensor | None:
+    """Rewards of a fake update's sample, where the method weighs that loss by them."""
+    if a.rewards is None or not a.method.adapts_fake:
+        return None
+    error: Exception | None = None
+    rewards: Tensor | None = None
+    try:
+        rewards = a.rewards.submit(reward_request(sample, batch, name)).result().answer.value
+    except Exception as e:  # raised by all ranks together
+        error = e
+    a.agree(error)
+    return rewards
 
 
 def score_request(query: Query, batch: Batch, name: str) -> ScoreRequest:
@@ -160,6 +184,11 @@ def walk_request(walk: Walk, batch: Batch, name: str) -> WalkRequest:
         guidance=walk.guidance,
         name=_name(name, batch),
     )
+
+
+def reward_request(sample: Sample, batch: Batch, name: str) -> RewardRequest:
+    """A sample's clean prediction, to be judged."""
+    return RewardRequest(x_t=sample.x0, conditions=batch.conditions, name=_name(name, batch))
 
 
 def _name(name: str, batch: Batch) -> str:

@@ -16,7 +16,8 @@ from ray.train import Checkpoint
 
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
-from raydmd.serving.local import LocalTeacher
+from raydmd.serving.engine import TeacherEngine
+from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 from raydmd.training.events import EventLog
 from raydmd.training.session import Session
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from raydmd.recipe import Recipe
-    from raydmd.serving.client import TeacherClient
+    from raydmd.serving.client import Client
 
 
 class RaySession(Session):
@@ -110,9 +111,9 @@ def train_loop(config: LoopConfig) -> None:
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
 
 
-def teacher_client(c: WorkerConfig, job: Job, session: Session) -> TeacherClient:
+def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
     """The frozen teacher: a client of the pool, or a copy in this process."""
     if c.pool is not None:
         return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
-    return LocalTeacher(experts, job.conditions)
+    return LocalClient(TeacherEngine(experts, job.conditions))

@@ -26,7 +26,8 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
-from raydmd.serving.pool import TeacherPool
+from raydmd.serving.engine import load_teacher_engine
+from raydmd.serving.pool import Pool, Replicas
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.events import read_lines
@@ -131,13 +132,13 @@ def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tr
     with contextlib.ExitStack() as stack:
         pool = None
         if p.teacher == "remote":
-            pool = TeacherPool.start(
-                p,
-                functools.partial(build_teacher, recipe),
-                str(conditions),
+            pool = Pool.start(
+                teacher_replicas(recipe),
+                functools.partial(
+                    load_teacher_engine, functools.partial(build_teacher, recipe), str(conditions), latent
+                ),
                 name=f"{recipe.name}/teacher",
                 deterministic=recipe.deterministic,
-                sample_shape=latent,
                 request_timeout=t.step_timeout,
             )
             stack.callback(pool.close)
@@ -227,6 +228,20 @@ def finish(
     print(table)
     print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
     return figures, [Path(a) for a in artifacts]
+
+
+def teacher_replicas(recipe: Recipe) -> Replicas:
+    """What the teacher's pool gets."""
+    p = recipe.placement
+    return Replicas(
+        copies=p.teachers,
+        cpus=p.teacher_cpus,
+        gpus=p.teacher_gpus,
+        resources=p.teacher_resources,
+        threads=p.threads,
+        batch_items=p.batch_items,
+        batch_wait=p.batch_wait,
+    )
 
 
 def build_teacher(recipe: Recipe) -> Experts:

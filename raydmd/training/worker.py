@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from raydmd.methods.phases import Phase
     from raydmd.models.base import Conditions, Denoiser, Family, Routing
     from raydmd.recipe import Recipe, Role
-    from raydmd.serving.client import TeacherClient
+    from raydmd.serving.client import Client
     from raydmd.training.events import EventLog
     from raydmd.training.session import Session
 
@@ -63,18 +63,21 @@ class Worker:
     Args:
         job: what to do.
         teacher: asks the frozen teacher, here or elsewhere.
+        rewards: asks the reward models, where the method adapts to them.
         session: ranks, reports and checkpoints.
         events: what happened, for people and for tests.
     """
 
-    def __init__(self, job: Job, teacher: TeacherClient, session: Session, events: EventLog) -> None:
+    def __init__(
+        self, job: Job, teacher: Client, session: Session, events: EventLog, rewards: Client | None = None
+    ) -> None:
         self.recipe, self.family, self.session, self.events = (
             job.recipe,
             job.family,
             session,
             events,
         )
-        self.teacher = teacher
+        self.teacher, self.rewards = teacher, rewards
         self._stop_at, self._stop_file = job.stop_at, job.stop_file
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
@@ -235,6 +238,7 @@ class Worker:
             student=self.student,
             fake=self.fake,
             teacher=self.teacher,
+            rewards=self.rewards,
             stream=self.stream,
             latent=self.family.shape().latent,
             fake_updates=self.recipe.training.fake_updates,

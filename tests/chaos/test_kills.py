@@ -163,7 +163,7 @@ def metrics(run: Launch) -> list[dict]:
 def test_a_killed_teacher_replica_changes_nothing(home, undisturbed):
     run = Launch(home, "teacher-killed")
     run.wait_for("checkpoint", cycle=4)
-    run.kill_one("ray::TeacherReplica")
+    run.kill_one("ray::Replica")
     assert run.end() == DONE, run.log.read_text()[-3000:]
     assert max(m.get("teacher/retries", 0) for m in metrics(run)) > 0, "nobody noticed the death"
     same_bits(run.student(), undisturbed.student())

@@ -15,7 +15,8 @@ from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.process import step_grid
 from raydmd.recipe import Model, Recipe, derive
 from raydmd.sampling import sample
-from raydmd.serving.local import LocalTeacher
+from raydmd.serving.engine import TeacherEngine
+from raydmd.serving.local import LocalClient
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.export import export, load_student, student_experts
 from raydmd.training.session import FolderSession
@@ -70,7 +71,7 @@ def work(r: Recipe, *, stop_at: int | None = None, teacher=None) -> tuple[Worker
     family = load_family(r.model)
     table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
     session = FolderSession(r.folder)
-    teacher = teacher or LocalTeacher(load_teacher(family, "fp32", device=session.device), table)
+    teacher = teacher or LocalClient(TeacherEngine(load_teacher(family, "fp32", device=session.device), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=stop_at)
     worker = Worker(job, teacher, session, EventLog(r.folder / "events.jsonl"))
     return worker, worker.run()
@@ -101,7 +102,7 @@ def test_training_moves_the_student_and_the_fake_and_not_the_teacher(two_experts
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     before = {n: p.clone() for n, p in teacher.modules["transformer"].named_parameters()}
     table = load_conditions(family.encode(PROMPTS, tmp_path / "c"))
-    worker, _ = work(r, teacher=LocalTeacher(teacher, table))
+    worker, _ = work(r, teacher=LocalClient(TeacherEngine(teacher, table)))
     for expert in ("transformer", "transformer_2"):
         start = dict(teacher.modules[expert].network.named_parameters())
         moved = dict(worker.student.denoisers[expert].network.named_parameters())
@@ -197,7 +198,7 @@ def test_a_non_finite_teacher_stops_the_run_before_anything_moves(two_experts, t
         next(teacher.modules["transformer"].parameters()).fill_(float("nan"))
     table = load_conditions(family.encode(PROMPTS, tmp_path / "c"))
     with pytest.raises(NonFiniteError, match="cycle 0"):
-        work(r, teacher=LocalTeacher(teacher, table))
+        work(r, teacher=LocalClient(TeacherEngine(teacher, table)))
 
 
 def test_prompts_are_encoded_once(two_experts, tmp_path):

@@ -1,5 +1,6 @@
 """Real replicas in real processes, some of which die."""
 
+import functools
 import os
 import signal
 import time
@@ -13,10 +14,10 @@ import ray
 import torch
 
 from raydmd.errors import InputError, NonFiniteError, PoolError, PoolExhausted, ScoreTimeout
-from raydmd.recipe import Placement
-from raydmd.serving.local import LocalTeacher
+from raydmd.serving.engine import TeacherEngine, load_teacher_engine
+from raydmd.serving.local import LocalClient
 from raydmd.serving.messages import ScoreRequest
-from raydmd.serving.pool import TeacherPool
+from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -50,14 +51,12 @@ def start(
     batch_wait: float = 0.003,
     request_timeout: float = 60.0,
     attempt_timeout: float | None = None,
-) -> TeacherPool:
+) -> Pool:
     build, conditions = helpers.teacher(folder)
-    return TeacherPool.start(
-        Placement(teachers=teachers, teacher_cpus=0.1, batch_wait=batch_wait),
-        build,
-        conditions,
+    return Pool.start(
+        Replicas(copies=teachers, cpus=0.1, batch_wait=batch_wait),
+        functools.partial(load_teacher_engine, build, conditions, helpers.LATENT),
         deterministic=deterministic,
-        sample_shape=helpers.LATENT,
         start_timeout=120,
         request_timeout=request_timeout,
         attempt_timeout=attempt_timeout,
@@ -70,22 +69,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(folder: Path, cluster: None) -> Iterator[TeacherPool]:
+def pool(folder: Path, cluster: None) -> Iterator[Pool]:
     with start(folder, teachers=2, deterministic=True, attempt_timeout=4.0) as two:
         yield two
 
 
 @pytest.fixture
-def client(pool: TeacherPool) -> PoolClient:
+def client(pool: Pool) -> PoolClient:
     return PoolClient(pool.client_spec(), "rank 0")
 
 
 def expected(folder: Path, request: ScoreRequest) -> torch.Tensor:
-    local = LocalTeacher(helpers.build(folder), helpers.CONDITIONS)
-    return local.submit(request).result().x0
+    local = LocalClient(TeacherEngine(helpers.build(folder), helpers.CONDITIONS))
+    return local.submit(request).result().answer.value
 
 
-def pids(pool: TeacherPool) -> dict[str, int]:
+def pids(pool: Pool) -> dict[str, int]:
     """Process ids by replica; waits until all answer."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -102,12 +101,12 @@ def kill(pid: int) -> None:
     process.wait(20)
 
 
-def test_a_pool_equals_a_local_teacher_bit_for_bit(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
+def test_a_pool_equals_a_local_teacher_bit_for_bit(client: PoolClient, pool: Pool, folder: Path) -> None:
     requests = [helpers.ask(i, i % 3 + 1, expert=("high", "low")[i % 2]) for i in range(12)]
     pending = [client.submit(r) for r in requests]
     replies = [p.result() for p in pending]
     for request, reply in zip(requests, replies, strict=True):
-        assert torch.equal(reply.x0, expected(folder, request))
+        assert torch.equal(reply.answer.value, expected(folder, request))
         assert reply.batch_items == request.x_t.shape[0]
     assert {r.replica for r in replies} == {"teacher/0", "teacher/1"}
     again = PoolClient(pool.client_spec(), "another client")
@@ -121,7 +120,7 @@ def test_a_request_may_change_once_it_is_submitted(client: PoolClient, folder: P
     right = expected(folder, request)
     pending = client.submit(request)
     request.x_t.zero_()
-    assert torch.equal(pending.result().x0, right)
+    assert torch.equal(pending.result().answer.value, right)
 
 
 def test_a_nan_is_raised_as_itself_and_not_retried(client: PoolClient) -> None:
@@ -143,29 +142,29 @@ def test_a_nan_is_raised_as_itself_and_not_retried(client: PoolClient) -> None:
 @ray.remote(num_cpus=0.1)
 def ask_from_another_process(spec: ClientSpec, seed: int) -> tuple[bytes, int]:
     client = PoolClient(spec, "worker")
-    return client.submit(helpers.ask(seed)).result().x0.numpy().tobytes(), client.retries
+    return client.submit(helpers.ask(seed)).result().answer.value.numpy().tobytes(), client.retries
 
 
-def test_workers_make_clients_of_their_own(pool: TeacherPool, folder: Path) -> None:
+def test_workers_make_clients_of_their_own(pool: Pool, folder: Path) -> None:
     ref = ask_from_another_process.remote(pool.client_spec(), 70)
     answer, retries = ray.get(ref, timeout=90)
     assert answer == expected(folder, helpers.ask(70)).numpy().tobytes()
     assert retries == 0
 
 
-def test_a_replica_killed_while_idle(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
+def test_a_replica_killed_while_idle(client: PoolClient, pool: Pool, folder: Path) -> None:
     before = pids(pool)
     kill(before["teacher/0"])
     requests = [helpers.ask(100 + i) for i in range(8)]
     pending = [client.submit(r) for r in requests]
     for request, p in zip(requests, pending, strict=True):
-        assert torch.equal(p.result().x0, expected(folder, request))
+        assert torch.equal(p.result().answer.value, expected(folder, request))
     after = pids(pool)
     assert after["teacher/0"] != before["teacher/0"]
     assert after["teacher/1"] == before["teacher/1"]
 
 
-def test_a_replica_killed_while_serving(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
+def test_a_replica_killed_while_serving(client: PoolClient, pool: Pool, folder: Path) -> None:
     before = pids(pool)
     request = helpers.ask(200)
     right = expected(folder, request)
@@ -178,7 +177,7 @@ def test_a_replica_killed_while_serving(client: PoolClient, pool: TeacherPool, f
     finally:
         (folder / "slow").unlink()
     reply = pending.result()
-    assert torch.equal(reply.x0, right)
+    assert torch.equal(reply.answer.value, right)
     assert client.retries > 0
     assert pids(pool)[victim] != before[victim]
     # The client takes the restarted replica back without being told.
@@ -189,7 +188,7 @@ def test_a_replica_killed_while_serving(client: PoolClient, pool: TeacherPool, f
     assert client.health()[victim] == "healthy"
 
 
-def _until_busy(pool: TeacherPool, name: str) -> None:
+def _until_busy(pool: Pool, name: str) -> None:
     start = pool.stats().replicas[name]["busy_seconds"]
     deadline = time.monotonic() + 20
     while pool.stats().replicas[name]["busy_seconds"] < start + 0.1:
@@ -197,7 +196,7 @@ def _until_busy(pool: TeacherPool, name: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: TeacherPool, folder: Path) -> None:
+def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: Pool, folder: Path) -> None:
     before = pids(pool)
     request = helpers.ask(300)
     right = expected(folder, request)
@@ -206,7 +205,7 @@ def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: T
     victim = pending.attempts[0].replica
     reply = pending.result()
     assert not (folder / "hang").exists()
-    assert torch.equal(reply.x0, right)
+    assert torch.equal(reply.answer.value, right)
     assert reply.replica != victim
     assert client.retries == 1
     assert 3.0 < pending.waited < 20.0
@@ -223,7 +222,7 @@ def test_requests_of_several_clients_share_forwards(tmp_path: Path) -> None:
         pending = [clients[i % 2].submit(r) for i, r in enumerate(requests)]
         replies = [p.result() for p in pending]
         for request, reply in zip(requests, replies, strict=True):
-            torch.testing.assert_close(reply.x0, expected(tmp_path, request), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(reply.answer.value, expected(tmp_path, request), atol=1e-4, rtol=1e-4)
         assert max(r.batch_items for r in replies) > 2
         stats = pool.stats().replicas["teacher/0"]
         assert stats["clients"] == {"rank 0": 8, "rank 1": 8}
@@ -254,6 +253,7 @@ def test_a_teacher_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 def test_a_pool_that_does_not_fit_says_what_is_missing(tmp_path: Path) -> None:
     build, conditions = helpers.teacher(tmp_path)
-    placement = Placement(teachers=1, teacher_resources={"teacher": 1})
+    asked = Replicas(copies=1, cpus=0.5, resources={"teacher": 1})
+    load = functools.partial(load_teacher_engine, build, conditions, None)
     with pytest.raises(PoolError, match=r"did not load within 3 s.*'teacher': 1.*free: .*CPU"):
-        TeacherPool.start(placement, build, conditions, start_timeout=3)
+        Pool.start(asked, load, start_timeout=3)

@@ -52,8 +52,8 @@ def reply(teacher: Experts, query: Query, cond: torch.Tensor) -> Answer:
     with torch.no_grad():
         if query.split:
             both = teacher.both_x0(query.x_t, query.t, cond, 0 * cond)
-            return Answer(x0=both[0], uncond=both[1])
-        return Answer(x0=teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance))
+            return Answer(value=both[0], uncond=both[1])
+        return Answer(value=teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance))
 
 
 def student_gradients(method, phase, update="0/student", rewards=None, progress=0.0):

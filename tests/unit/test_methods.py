@@ -143,7 +143,7 @@ def test_a_fake_that_equals_the_teacher_gives_no_gradient_without_guidance():
             sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
             (query,) = method.queries(sample, phase, draws(), 0.0)
             answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance).detach()
-            loss = method.generator_loss(teacher, sample, cond, [query], [Answer(x0=answer)], 0.0)
+            loss = method.generator_loss(teacher, sample, cond, [query], [Answer(value=answer)], 0.0)
             assert float(loss.detach()) == 0.0
 
 
@@ -155,7 +155,7 @@ def test_gradient_routing():
     sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
     (query,) = method.queries(sample, phase, draws(), 0.0)
     answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance)
-    method.generator_loss(fake, sample, cond, [query], [Answer(x0=answer)], 0.0).backward()
+    method.generator_loss(fake, sample, cond, [query], [Answer(value=answer)], 0.0).backward()
     assert all(m.weight.grad is None for e in (fake, teacher) for m in e.modules.values())
     assert any(m.weight.grad is not None for m in student.modules.values())
     for m in student.modules.values():

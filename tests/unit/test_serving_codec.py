@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from raydmd.guidance import Guidance
+from raydmd.methods.terms import Answer
 from raydmd.serving.codec import (
     decode_array,
     decode_reply,
@@ -13,7 +15,7 @@ from raydmd.serving.codec import (
     encode_reply,
     encode_request,
 )
-from raydmd.serving.messages import ScoreReply, ScoreRequest
+from raydmd.serving.messages import Reply, RewardRequest, ScoreRequest, WalkRequest
 
 pytestmark = pytest.mark.unit
 
@@ -83,9 +85,29 @@ def test_request_and_reply_survive_and_the_wire_holds_no_tensor() -> None:
     for field in ("conditions", "guidance", "expert", "name"):
         assert getattr(back, field) == getattr(request, field)
 
-    reply = ScoreReply(x0=torch.randn(2, 4), replica="teacher/0", seconds=0.25, batch_items=8)
+    reply = Reply(
+        answer=Answer(value=torch.randn(2, 4), uncond=torch.ones(2, 4)),
+        replica="teacher/0",
+        seconds=0.25,
+        batch_items=8,
+    )
     raw = pickle.dumps(encode_reply(reply))
     assert b"torch" not in raw
     again = decode_reply(pickle.loads(raw))
-    assert torch.equal(again.x0, reply.x0)
+    assert torch.equal(again.answer.value, reply.answer.value)
+    assert torch.equal(again.answer.uncond, torch.ones(2, 4))
     assert (again.replica, again.seconds, again.batch_items) == ("teacher/0", 0.25, 8)
+
+
+def test_every_kind_of_request_comes_back_as_it_was() -> None:
+    x_t, guidance = torch.randn(2, 3), Guidance(2.5)
+    for request in (
+        ScoreRequest(x_t=x_t, t=torch.rand(2), conditions=(1, 2), guidance=guidance, expert="e", split=True, name="a"),
+        WalkRequest(x_t=x_t, grid=(1.0, 0.5, 0.0), conditions=(1, 2), guidance=guidance, name="b"),
+        RewardRequest(x_t=x_t, conditions=(3, 4), name="c"),
+    ):
+        back = decode_request(encode_request(request, "client"))
+        assert type(back) is type(request)
+        for field in dataclasses.fields(request):
+            ours, theirs = getattr(request, field.name), getattr(back, field.name)
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs

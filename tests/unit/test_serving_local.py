@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from raydmd.errors import InputError, NonFiniteError, RaydmdError
 from raydmd.guidance import Guidance
+from raydmd.methods.terms import Answer
 from raydmd.models.base import Conditions, Denoiser, Experts, Routing
 from raydmd.process import RectifiedFlow
 from raydmd.sampling import sample
 from raydmd.serving.client import ReplicaFailed
-from raydmd.serving.local import LocalTeacher, answer, answer_each
+from raydmd.serving.engine import TeacherEngine, answer_each
+from raydmd.serving.local import LocalClient
 from raydmd.serving.messages import ScoreRequest, WalkRequest
+from raydmd.serving.teacher import answer
 
 pytestmark = pytest.mark.unit
 
@@ -65,8 +68,9 @@ def ask(seed: int, size: int = 2, *, scale: float = 4.0, expert: str = "high") -
 def test_a_batch_of_requests_equals_each_alone(expert: str, scale: float) -> None:
     requests = [ask(i, i + 1, scale=scale, expert=expert) for i in range(4)]
     together = answer(experts(), CONDITIONS, requests)
-    for request, (x0, _) in zip(requests, together, strict=True):
-        alone = answer(experts(), CONDITIONS, [request])[0][0]
+    for request, found in zip(requests, together, strict=True):
+        x0 = found.value
+        alone = answer(experts(), CONDITIONS, [request])[0].value
         assert x0.shape == request.x_t.shape
         assert x0.dtype == torch.float32
         torch.testing.assert_close(x0, alone, atol=1e-6, rtol=1e-6)
@@ -79,15 +83,16 @@ def test_guidance_is_combined_from_both_halves_with_row_0_as_the_negative_prompt
         cond = teacher.x0(request.x_t, request.t, CONDITIONS.rows(request.conditions))
         uncond = teacher.x0(request.x_t, request.t, CONDITIONS.rows((0, 0, 0)))
     expected = uncond + 4.0 * (cond - uncond)
-    x0 = answer(teacher, CONDITIONS, [request])[0][0]
+    x0 = answer(teacher, CONDITIONS, [request])[0].value
     torch.testing.assert_close(x0, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_split_answer_has_both_halves_and_they_make_the_guided_one() -> None:
     request = ask(0, 3, scale=4.0)
-    guided = answer(experts(), CONDITIONS, [request])[0][0]
+    guided = answer(experts(), CONDITIONS, [request])[0].value
     teacher = experts()
-    cond, uncond = answer(teacher, CONDITIONS, [dataclasses.replace(request, split=True)])[0]
+    halves = answer(teacher, CONDITIONS, [dataclasses.replace(request, split=True)])[0]
+    cond, uncond = halves.value, halves.uncond
     network = teacher.modules["high"]
     assert isinstance(network, Tiny)
     assert network.seen == [6]
@@ -101,12 +106,12 @@ def test_a_walk_is_the_sampler_and_crosses_experts() -> None:
     teacher, start = experts(), torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(3))
     grid = (1.0, 0.9, 0.5, 0.2)
     walk = WalkRequest(x_t=start, grid=grid, conditions=(1, 2, 3), guidance=Guidance(2.0), name="walk")
-    (end, uncond), (twin, _) = answer(teacher, CONDITIONS, [walk, walk])
+    end, twin = answer(teacher, CONDITIONS, [walk, walk])
     cond = CONDITIONS.rows((1, 2, 3))
     expected = sample(experts(), start, cond, CONDITIONS.rows((0, 0, 0)), grid=grid, guidance=Guidance(2.0))
-    assert uncond is None
-    torch.testing.assert_close(end, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(end, twin)
+    assert end.uncond is None
+    torch.testing.assert_close(end.value, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(end.value, twin.value)
     assert {name for name, m in teacher.modules.items() if isinstance(m, Tiny) and m.seen} == {"high", "low"}
     for bad in ((1.0,), (0.5, 0.9), (1.2, 0.5)):
         with pytest.raises(InputError, match="times of a walk must fall"):
@@ -125,9 +130,9 @@ def test_both_halves_go_in_one_forward_and_guidance_1_runs_no_unconditional_half
 
 
 def test_no_gradient_and_no_autocast_reach_the_answer() -> None:
-    plain = answer(experts(), CONDITIONS, [ask(0)])[0][0]
+    plain = answer(experts(), CONDITIONS, [ask(0)])[0].value
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = answer(experts(), CONDITIONS, [ask(0)])[0][0]
+        inside = answer(experts(), CONDITIONS, [ask(0)])[0].value
     assert torch.equal(plain, inside)
     assert not inside.requires_grad
     assert not inside.is_inference()  # a trainer may save it for its backward
@@ -147,14 +152,14 @@ def test_only_the_guilty_requests_of_a_batch_fail() -> None:
     requests = [ask(i) for i in range(4)]
     requests[1].x_t[0, 0, 0] = 13
     requests[2].x_t[0, 0, 0] = 99
-    outcomes = answer_each(experts(), CONDITIONS, requests, who="teacher/7")
+    outcomes = answer_each(TeacherEngine(experts(), CONDITIONS), requests, who="teacher/7")
     assert isinstance(outcomes[1], ReplicaFailed)
     assert str(outcomes[1]) == "replica 'teacher/7', request 'request 1': RuntimeError: bad luck"
     assert isinstance(outcomes[2], NonFiniteError)
     for i in (0, 3):
-        expected = answer(experts(), CONDITIONS, [requests[i]])[0][0]
-        assert isinstance(outcomes[i], tuple)
-        assert torch.equal(outcomes[i][0], expected)
+        expected = answer(experts(), CONDITIONS, [requests[i]])[0].value
+        assert isinstance(outcomes[i], Answer)
+        assert torch.equal(outcomes[i].value, expected)
 
 
 def change(request: ScoreRequest, **fields: object) -> ScoreRequest:
@@ -183,13 +188,13 @@ def test_requests_that_do_not_fit_are_refused_by_name(
 
 def test_local_teacher_answers_eagerly_and_raises_late() -> None:
     ticks = iter([10.0, 10.5, 20.0])
-    teacher = LocalTeacher(experts(), CONDITIONS, name="here", clock=lambda: next(ticks))
+    teacher = LocalClient(TeacherEngine(experts(), CONDITIONS), name="here", clock=lambda: next(ticks))
     request = ask(0, 3)
     pending = teacher.submit(request)
-    expected = answer(experts(), CONDITIONS, [request])[0][0]
+    expected = answer(experts(), CONDITIONS, [request])[0].value
     request.x_t.zero_()
     reply = pending.result()
-    assert torch.equal(reply.x0, expected)
+    assert torch.equal(reply.answer.value, expected)
     assert (reply.replica, reply.seconds, reply.batch_items) == ("here", 0.5, 3)
     assert pending.result() is reply
     assert (pending.waited, teacher.retries) == (0.0, 0)

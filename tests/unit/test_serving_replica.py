@@ -1,6 +1,7 @@
 """The actor's class without Ray: it is plain until the pool wraps it."""
 
 import asyncio
+import functools
 import threading
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from raydmd.models.base import Conditions, Denoiser, Experts, Routing
 from raydmd.process import RectifiedFlow
 from raydmd.serving.client import ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import decode_reply, encode_request
-from raydmd.serving.local import LocalTeacher
+from raydmd.serving.engine import TeacherEngine, load_teacher_engine
+from raydmd.serving.local import LocalClient
 from raydmd.serving.messages import ScoreRequest
-from raydmd.serving.replica import ReplicaSettings, TeacherReplica
+from raydmd.serving.replica import Replica, ReplicaSettings
 
 pytestmark = pytest.mark.unit
 
@@ -42,7 +44,7 @@ class Gated(Denoiser):
         return torch.where(x_t == 99, torch.nan, out)
 
 
-def make(tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic: bool = False) -> TeacherReplica:
+def make(tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic: bool = False) -> Replica:
     file = tmp_path / "conditions.safetensors"
     save_file({"embeds": torch.arange(12.0).view(3, 2, 2)}, file)
     settings = ReplicaSettings(
@@ -51,10 +53,10 @@ def make(tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic:
         batch_wait=0.02,
         queue_limit=queue_limit,
         deterministic=deterministic,
-        sample_shape=(3,),
     )
     experts = Experts({"only": gated}, Routing(("only",)), RectifiedFlow(), "x0")
-    return TeacherReplica(lambda: experts, str(file), settings)
+    build = functools.partial(load_teacher_engine, lambda: experts, str(file), (3,))
+    return Replica(build, settings)
 
 
 def ask(value: float, name: str = "r") -> ScoreRequest:
@@ -78,9 +80,9 @@ def test_requests_are_batched_answered_in_one_thread_and_counted(tmp_path: Path)
         assert [r.batch_items for r in replies] == [8] * 4
         conditions = Conditions(embeds=torch.arange(12.0).view(3, 2, 2))
         experts = Experts({"only": gated}, Routing(("only",)), RectifiedFlow(), "x0")
-        local = LocalTeacher(experts, conditions)
+        local = LocalClient(TeacherEngine(experts, conditions))
         for i, reply in enumerate(replies):
-            torch.testing.assert_close(reply.x0, local.submit(ask(i)).result().x0)
+            torch.testing.assert_close(reply.answer.value, local.submit(ask(i)).result().answer.value)
         stats = await replica.ping()
         assert (stats["batches"], stats["items"], stats["requests"]) == (1, 8, 4)
         assert stats["histogram"] == {8: 1}
@@ -104,7 +106,7 @@ def test_only_the_guilty_fail_and_the_replica_goes_on(tmp_path: Path) -> None:
         assert isinstance(outcomes[2], NonFiniteError)
         assert isinstance(outcomes[3], dict)
         after = await asyncio.wait_for(replica.score(encode_request(ask(1.0), "c")), 20)
-        assert torch.equal(decode_reply(after).x0, decode_reply(outcomes[0]).x0)
+        assert torch.equal(decode_reply(after).answer.value, decode_reply(outcomes[0]).answer.value)
         assert (await replica.ping())["failed"] == 2
 
     asyncio.run(main())
@@ -119,7 +121,7 @@ def test_a_full_queue_refuses_and_pings_are_answered_during_a_forward(tmp_path: 
         torch.use_deterministic_algorithms(False)
 
 
-async def _overload(replica: TeacherReplica, gated: Gated) -> None:
+async def _overload(replica: Replica, gated: Gated) -> None:
     gated.gate.clear()
     running = asyncio.create_task(replica.score(encode_request(ask(1.0, "first"), "c")))
     while (await replica.ping())["queue"] or not (await replica.ping())["busy_seconds"]:
@@ -138,10 +140,13 @@ def test_conditions_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     settings = ReplicaSettings(name="x")
     experts = Experts({"only": Gated()}, Routing(("only",)), RectifiedFlow(), "x0")
     with pytest.raises(InputError, match=r"conditions .*missing\.safetensors"):
-        TeacherReplica(lambda: experts, str(tmp_path / "missing.safetensors"), settings)
+        Replica(
+            functools.partial(load_teacher_engine, lambda: experts, str(tmp_path / "missing.safetensors"), None),
+            settings,
+        )
     flat, other = tmp_path / "flat.safetensors", tmp_path / "other.safetensors"
     save_file({"embeds": torch.zeros(3)}, flat)
     save_file({"wrong": torch.zeros(3)}, other)
     for file, message in ((flat, r"\(N, L, D\), given \(3,\)"), (other, "embeds")):
         with pytest.raises(InputError, match=message):
-            TeacherReplica(lambda: experts, str(file), settings)
+            Replica(functools.partial(load_teacher_engine, lambda: experts, str(file), None), settings)
