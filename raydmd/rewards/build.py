@@ -54,7 +54,7 @@ class RewardSpec(Section):
         return self
 
 
-def build(specs: Sequence[RewardSpec], *, device: torch.device | str = "cpu") -> Reward:
+def build(specs: Sequence[RewardSpec], *, device: torch.device | str = "cpu") -> WeightedSum:
     """Load what the settings name.
 
     Args:
@@ -62,17 +62,14 @@ def build(specs: Sequence[RewardSpec], *, device: torch.device | str = "cpu") ->
         device: where all of them run.
 
     Returns:
-        The reward itself if there is one and it is neither weighted nor standardised, else the sum.
+        Their sum; that of a single one with the default weight, mean and scale has its name and its values.
 
     Raises:
         InputError: if there is no spec, or a file or folder is missing or of the wrong class.
     """
-    parts = [
-        Part(reward=load(spec, device=device), weight=spec.weight, mean=spec.mean, scale=spec.scale) for spec in specs
-    ]
-    total = WeightedSum(parts)
-    alone = parts[0].reward
-    return alone if parts == [Part(reward=alone)] else total
+    return WeightedSum(
+        [Part(reward=load(spec, device=device), weight=spec.weight, mean=spec.mean, scale=spec.scale) for spec in specs]
+    )
 
 
 def load(spec: RewardSpec, *, device: torch.device | str = "cpu") -> Reward:
