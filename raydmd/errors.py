@@ -34,6 +34,10 @@ class NonFiniteError(RaydmdError):
     """A loss, gradient, score or reward is not finite; the optimizers did not move."""
 
 
+class RewardError(RaydmdError):
+    """A reward broke its contract, e.g. another number of values than samples; names the reward."""
+
+
 class PoolError(RaydmdError):
     """A pool could not answer; names pool, replica and request."""
 

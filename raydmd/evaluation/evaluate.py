@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from raydmd.evaluation.judge import Judge
     from raydmd.evaluation.samples import Samples
+    from raydmd.zoo.judge import Judge
 
 Value = str | int | float | None
 Row = dict[str, Value]

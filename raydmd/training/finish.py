@@ -15,7 +15,6 @@ from torch import Tensor
 
 from raydmd.draws import Draws
 from raydmd.evaluation.evaluate import Evaluation, evaluate
-from raydmd.evaluation.judge import AttributeJudge
 from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
@@ -25,6 +24,7 @@ from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
 from raydmd.training.export import export, load_student, solver, student_experts
+from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

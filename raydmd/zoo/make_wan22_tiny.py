@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from raydmd.evaluation.judge import AttributeJudge, train_judge
+from raydmd.zoo.judge import AttributeJudge, train_judge
 from raydmd.zoo.make_experts import BOUNDARY, SHIFT, train_experts
 from raydmd.zoo.make_vae import (
     LATENT_NOISE,

@@ -7,7 +7,6 @@ import torch
 from diffusers import WanPipeline
 
 from raydmd.draws import Draws
-from raydmd.evaluation.judge import AttributeJudge
 from raydmd.evaluation.metrics import attribute_accuracy
 from raydmd.guidance import Guidance
 from raydmd.models import load_conditions, load_family, load_teacher
@@ -16,6 +15,7 @@ from raydmd.process import step_grid
 from raydmd.recipe import Model
 from raydmd.sampling import sample
 from raydmd.training.prompts import read_prompts
+from raydmd.zoo.judge import AttributeJudge
 from raydmd.zoo.world import World, is_caption, sample_captions
 
 pytestmark = pytest.mark.local

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raydmd.errors import InputError, NonFiniteError
-from raydmd.evaluation.judge import AttributeJudge, train_judge
 from raydmd.evaluation.metrics import (
     attribute_accuracy,
     brightness,
@@ -23,6 +22,7 @@ from raydmd.evaluation.metrics import (
 )
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
 from raydmd.evaluation.samples import Samples, evaluation_prompts
+from raydmd.zoo.judge import AttributeJudge, train_judge
 from raydmd.zoo.world import ATTRIBUTES, FRAMES, PIXELS_PER_FRAME, SIZE, Caption, World, parse
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from raydmd.errors import InputError
 from raydmd.evaluation.evaluate import COLUMNS, Evaluation, evaluate, format_value, gap_closed
-from raydmd.evaluation.judge import Judge
 from raydmd.evaluation.pictures import contact_sheet, curve, strip
 from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import Samples
+from raydmd.zoo.judge import Judge
 from raydmd.zoo.world import ATTRIBUTES
 
 if TYPE_CHECKING:

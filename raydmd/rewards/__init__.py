@@ -1,0 +1,1 @@
+"""Reward models behind one interface: pixels and prompts in, one number per sample out."""
