@@ -118,6 +118,11 @@ class Placement(Section):
     teacher_cpus: Positive = 0.5
     worker_gpus: NonNegative = 0.0
     teacher_gpus: NonNegative = 0.0
+    rewards: Count = 1
+    """Replicas of the reward models, where the method asks them (``method.adapt``)."""
+    reward: Literal["remote", "local"] = "remote"
+    reward_cpus: Positive = 0.5
+    reward_gpus: NonNegative = 0.0
     worker_resources: dict[str, Positive] = Field(default_factory=dict)
     """Custom resources of the trainers' nodes, e.g. ``{trainer: 1}``."""
     teacher_resources: dict[str, Positive] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from raydmd.process import step_grid
 from raydmd.recipe_types import (
     Count,
+    Finite,
     Fraction,
     NonNegative,
     Positive,
@@ -136,14 +137,31 @@ class Moments(Section):
 
 
 class Reward(Section):
-    """One reward model."""
+    """One reward model, and its part in the sum: ``weight * (reward - mean) / scale``."""
 
     kind: Literal["zoo", "clip", "pick", "hps", "image_reward"] = "zoo"
     path: Word | None = None
-    """A hub id or folder; default: the zoo's judge, or the kind's usual hub id."""
-    weight: Positive = 1.0
-    frames: Count = 4
-    """Frames of a clip that are looked at, evenly spaced."""
+    """The judge's file (zoo; default: the model's own), a folder or hub id (clip, pick, hps; clip and pick have a
+    default), a folder (image_reward)."""
+    processor: Word | None = None
+    """Folder or hub id of tokenizer and picture settings, where they aren't beside the model (clip, pick, hps)."""
+    weight: Finite = 1.0
+    mean: Finite = 0.0
+    scale: Positive = 1.0
+    frames: Count | None = None
+    """Frames of each clip that are scored, evenly spaced; default 4. The zoo's judge reads whole clips."""
+
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> Self:
+        if self.path is None and self.kind in ("hps", "image_reward"):
+            raise ValueError(f"a reward of kind {self.kind} needs a path")
+        if self.kind == "zoo" and self.frames is not None:
+            raise ValueError("frames does nothing with kind zoo, whose judge reads whole clips; leave it out")
+        if self.kind in ("zoo", "image_reward") and self.processor is not None:
+            raise ValueError(f"processor does nothing with kind {self.kind}; leave it out")
+        if self.weight == 0:
+            raise ValueError("a reward of weight 0 does nothing; leave it out")
+        return self
 
 
 class Adapt(Section):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
-
-from raydmd.recipe import Count, Positive, Section, Word
+from raydmd.errors import InputError
 from raydmd.rewards.compose import Part, WeightedSum
 
 if TYPE_CHECKING:
@@ -15,9 +13,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from raydmd import recipe_method as recipes
     from raydmd.rewards.base import Reward
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 FRAMES = 4
 PATHS = {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1"}
@@ -26,39 +23,14 @@ PROCESSORS = {"pick": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 """Where PickScore's card takes tokenizer and picture settings."""
 
 
-class RewardSpec(Section):
-    """One reward, and its part in the sum: ``weight * (reward - mean) / scale``."""
-
-    kind: Literal["zoo", "clip", "pick", "hps", "image_reward"]
-    path: Word | None = None
-    """The judge's file (zoo), a folder or hub id (clip, pick, hps), a folder (image_reward); clip and pick
-    have a default."""
-    processor: Word | None = None
-    """Folder or hub id of tokenizer and picture settings, where they aren't beside the model (clip, pick, hps)."""
-    weight: Finite = 1.0
-    mean: Finite = 0.0
-    scale: Positive = 1.0
-    frames: Count | None = None
-    """Frames of each clip that are scored, evenly spaced; default 4. The zoo's judge reads whole clips."""
-
-    @model_validator(mode="after")
-    def _nothing_is_idle(self) -> Self:
-        if self.path is None and self.kind not in PATHS:
-            raise ValueError(f"a reward of kind {self.kind} needs a path")
-        if self.kind == "zoo" and self.frames is not None:
-            raise ValueError("frames does nothing with kind zoo, whose judge reads whole clips; leave it out")
-        if self.kind in ("zoo", "image_reward") and self.processor is not None:
-            raise ValueError(f"processor does nothing with kind {self.kind}; leave it out")
-        if self.weight == 0:
-            raise ValueError("a reward of weight 0 does nothing; leave it out")
-        return self
-
-
-def build(specs: Sequence[RewardSpec], *, device: torch.device | str = "cpu") -> WeightedSum:
+def build(
+    specs: Sequence[recipes.Reward], *, judge: Path | None = None, device: torch.device | str = "cpu"
+) -> WeightedSum:
     """Load what the settings name.
 
     Args:
         specs: at least one.
+        judge: the model's own judge, for a zoo reward without a path.
         device: where all of them run.
 
     Returns:
@@ -68,15 +40,19 @@ def build(specs: Sequence[RewardSpec], *, device: torch.device | str = "cpu") ->
         InputError: if there is no spec, or a file or folder is missing or of the wrong class.
     """
     return WeightedSum(
-        [Part(reward=load(spec, device=device), weight=spec.weight, mean=spec.mean, scale=spec.scale) for spec in specs]
+        [
+            Part(reward=load(spec, judge=judge, device=device), weight=spec.weight, mean=spec.mean, scale=spec.scale)
+            for spec in specs
+        ]
     )
 
 
-def load(spec: RewardSpec, *, device: torch.device | str = "cpu") -> Reward:
+def load(spec: recipes.Reward, *, judge: Path | None = None, device: torch.device | str = "cpu") -> Reward:
     """Load one reward, without its weight.
 
     Args:
         spec: which.
+        judge: see :func:`build`.
         device: where it runs.
 
     Returns:
@@ -86,12 +62,15 @@ def load(spec: RewardSpec, *, device: torch.device | str = "cpu") -> Reward:
         InputError: if a file or folder is missing or of the wrong class.
     """
     # Heavy imports, each where it is used: clip and heads bring in transformers.
-    path = spec.path or PATHS[spec.kind]
     frames = FRAMES if spec.frames is None else spec.frames
     if spec.kind == "zoo":
         from raydmd.rewards.classifier import ClassifierReward
 
-        return ClassifierReward.load(Path(path), device=device)
+        file = Path(spec.path) if spec.path else judge
+        if file is None:
+            raise InputError("a reward of kind zoo needs a judge: the model has none, so give its file as path")
+        return ClassifierReward.load(file, device=device)
+    path = spec.path or PATHS[spec.kind]
     from raydmd.rewards.clip import ClipEncoder, ClipScore, PickScore
     from raydmd.rewards.heads import HpsScore, ImageReward
 

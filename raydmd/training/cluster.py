@@ -67,6 +67,9 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
     if p.teacher == "remote":
         bundles["teacher"] = _bundle(p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
         copies["teacher"] = p.teachers
+    if recipe.method.adapt and p.reward == "remote":
+        bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, {})
+        copies["reward"] = p.rewards
     if (homeless := _pack(bundles, copies, nodes)) is None:
         return
     rows = {f"{n} x {kind}": {k: n * v for k, v in bundles[kind].items()} for kind, n in copies.items()}

@@ -16,6 +16,7 @@ from ray.train import Checkpoint
 
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import ClientSpec, PoolClient
@@ -62,6 +63,8 @@ class WorkerConfig:
         recipe: the run.
         conditions: the file of encoded prompts.
         pool: how to reach the teacher; ``None`` loads one here.
+        rewards: how to reach the reward models; ``None`` loads them here, if the method asks any.
+        prompts: the training prompts, for rewards that are loaded here.
         stop_at: see :class:`~raydmd.training.worker.Job`.
         folder: of the run.
     """
@@ -69,6 +72,8 @@ class WorkerConfig:
     recipe: Recipe
     conditions: str
     pool: ClientSpec | None
+    rewards: ClientSpec | None
+    prompts: tuple[str, ...]
     stop_at: int | None
     folder: str
 
@@ -106,7 +111,7 @@ def train_loop(config: LoopConfig) -> None:
         stop_file=folder / "STOP",
     )
     try:
-        Worker(job, teacher_client(c, job, session), session, events).run()
+        Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
 
@@ -117,3 +122,12 @@ def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
         return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
     return LocalClient(TeacherEngine(experts, job.conditions))
+
+
+def reward_client(c: WorkerConfig, session: Session) -> Client | None:
+    """The reward models, where the method asks any: a client of their pool, or copies in this process."""
+    if c.recipe.method.adapt is None:
+        return None
+    if c.rewards is not None:
+        return PoolClient(c.rewards, f"{c.recipe.name}/rank{session.rank}")
+    return LocalClient(load_reward_engine(c.recipe, c.prompts, session.device.type), name="local rewards")

@@ -26,6 +26,7 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
+from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.tracking.tracker import Tracker
@@ -92,7 +93,9 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             conditions = family.encode(prompts, (recipe.data.cache or folder / "conditions").absolute())
             try:
                 # A run that was trained but not evaluated goes on from there.
-                checkpoint = trained(folder) or train(recipe, family.shape().latent, conditions, tracker, max_cycles)
+                checkpoint = trained(folder) or train(
+                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles
+                )
                 figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
                 publish(tracker, figures, artifacts)
             except RunStopped:
@@ -126,7 +129,14 @@ def quiet() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tracker, stop_at: int | None) -> Path:
+def train(
+    recipe: Recipe,
+    latent: tuple[int, ...],
+    conditions: Path,
+    prompts: list[str],
+    tracker: Tracker,
+    stop_at: int | None,
+) -> Path:
     """Run the workers to the end; returns the final checkpoint's folder."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
     with contextlib.ExitStack() as stack:
@@ -142,10 +152,22 @@ def train(recipe: Recipe, latent: tuple[int, ...], conditions: Path, tracker: Tr
                 request_timeout=t.step_timeout,
             )
             stack.callback(pool.close)
+        judges = None
+        if recipe.method.adapt and p.reward == "remote":
+            judges = Pool.start(
+                reward_replicas(recipe),
+                functools.partial(load_reward_engine, recipe, prompts),
+                name=f"{recipe.name}/reward",
+                deterministic=recipe.deterministic,
+                request_timeout=t.step_timeout,
+            )
+            stack.callback(judges.close)
         config = WorkerConfig(
             recipe=recipe,
             conditions=str(conditions),
             pool=pool.client_spec() if pool else None,
+            rewards=judges.client_spec() if judges else None,
+            prompts=() if judges or not recipe.method.adapt else tuple(prompts),
             stop_at=stop_at,
             folder=str(folder),
         )
@@ -238,6 +260,19 @@ def teacher_replicas(recipe: Recipe) -> Replicas:
         cpus=p.teacher_cpus,
         gpus=p.teacher_gpus,
         resources=p.teacher_resources,
+        threads=p.threads,
+        batch_items=p.batch_items,
+        batch_wait=p.batch_wait,
+    )
+
+
+def reward_replicas(recipe: Recipe) -> Replicas:
+    """What the reward models' pool gets."""
+    p = recipe.placement
+    return Replicas(
+        copies=p.rewards,
+        cpus=p.reward_cpus,
+        gpus=p.reward_gpus,
         threads=p.threads,
         batch_items=p.batch_items,
         batch_wait=p.batch_wait,

@@ -44,6 +44,7 @@ class Stream:
         slots: name of each update of a cycle, to its place.
         rank: this process.
         world: how many there are; divides ``batch``.
+        group: samples in a row that share a prompt.
         device: where conditions and noise go.
     """
 
@@ -56,11 +57,12 @@ class Stream:
         slots: Mapping[str, int],
         rank: int,
         world: int,
+        group: int = 1,
         device: torch.device,
     ) -> None:
         self._conditions = conditions
         self._seed = seed
-        self._batch = batch
+        self._batch, self._group = batch, group
         self._slots = dict(slots)
         self._share = range(rank * (batch // world), (rank + 1) * (batch // world))
         self._device = device
@@ -76,7 +78,7 @@ class Stream:
 
     def _prompt(self, position: int) -> int:
         prompts = len(self._conditions) - 1
-        epoch, place = divmod(position, prompts)
+        epoch, place = divmod(position // self._group, prompts)
         if self._order[0] != epoch:
             self._order = (epoch, shuffled(self._seed, epoch, prompts))
         return 1 + self._order[1][place]

@@ -92,6 +92,7 @@ class Worker:
                 slots={name: i for i, name in enumerate(slots)},
                 rank=session.rank,
                 world=session.world,
+                group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
                 device=session.device,
             )
             for salt, slots in (

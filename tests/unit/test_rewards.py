@@ -23,7 +23,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from raydmd.errors import InputError, NonFiniteError
-from raydmd.rewards.build import RewardSpec, build
+from raydmd.recipe_method import Reward as RewardSpec
+from raydmd.rewards.build import build
 from raydmd.rewards.classifier import ClassifierReward
 from raydmd.rewards.clip import ClipEncoder, ClipScore
 from raydmd.rewards.convert import clip_from_open_clip, image_reward_from_original

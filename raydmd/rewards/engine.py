@@ -1,0 +1,88 @@
+"""A reward as what a replica runs: latents in, decoded here, judged, rewards out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from raydmd.errors import InputError
+from raydmd.methods.terms import Answer
+from raydmd.models import load_family
+from raydmd.models.places import locate
+from raydmd.rewards.build import build
+from raydmd.serving.batcher import Key
+from raydmd.serving.engine import Engine
+from raydmd.serving.messages import RewardRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raydmd import recipe as recipes
+    from raydmd.models.base import Family
+    from raydmd.rewards.base import Reward
+    from raydmd.serving.messages import Request
+
+
+class RewardEngine(Engine):
+    """Judges clean latents for their prompts.
+
+    Args:
+        reward: one, or a sum of several.
+        family: decodes.
+        prompts: by row of the condition table; row 0 is the negative prompt.
+        device: where both run.
+    """
+
+    def __init__(self, reward: Reward, family: Family, prompts: Sequence[str], *, device: str) -> None:
+        self._reward, self._family, self._prompts, self._device = reward, family, prompts, device
+
+    def key(self, request: Request) -> Key:
+        """See :class:`~raydmd.serving.engine.Engine`."""
+        return Key("", tuple(request.x_t.shape[1:]), 1.0, "reward")
+
+    @torch.no_grad()
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """See :class:`~raydmd.serving.engine.Engine`."""
+        for request in requests:
+            self._check(request)
+        ids = [row for r in requests for row in r.conditions]
+        pixels = self._family.decode(torch.cat([r.x_t for r in requests]).to(self._device))
+        rewards = self._reward.score(pixels, [self._prompts[i] for i in ids], ids)
+        parts = torch.split(rewards.float(), [len(r.conditions) for r in requests])
+        return [Answer(value=part.to(r.x_t.device)) for r, part in zip(requests, parts, strict=True)]
+
+    def warm_up(self) -> None:
+        """See :class:`~raydmd.serving.engine.Engine`."""
+        shape = self._family.shape().latent
+        self.answer([RewardRequest(x_t=torch.zeros(1, *shape), conditions=(0,), name="warm-up")])
+
+    def _check(self, request: Request) -> None:
+        shape, size = self._family.shape().latent, request.x_t.shape[0]
+        if tuple(request.x_t.shape[1:]) != shape or len(request.conditions) != size or size < 1:
+            raise InputError(
+                f"request {request.name!r}: latents of shape {tuple(request.x_t.shape)} and {len(request.conditions)} "
+                f"conditions; a reward wants (B, {', '.join(map(str, shape))}) and B conditions"
+            )
+        wrong = [row for row in request.conditions if not 0 <= row < len(self._prompts)]
+        if wrong:
+            raise InputError(f"request {request.name!r}: conditions {wrong} are not among {len(self._prompts)} prompts")
+
+
+def load_reward_engine(recipe: recipes.Recipe, prompts: Sequence[str], device: str) -> RewardEngine:
+    """Load what ``method.adapt.rewards`` names, with the family that decodes for it.
+
+    Args:
+        recipe: the run; its method adapts to rewards.
+        prompts: the training prompts, in the order of the condition table.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: if a model is missing or of the wrong class.
+    """
+    adapt = recipe.method.adapt
+    if adapt is None:
+        raise InputError("method.adapt is not set, so no reward is asked for")
+    reward = build(adapt.rewards, judge=locate(recipe.model).judge, device=device)
+    rows = [recipe.model.negative_prompt, *prompts]
+    return RewardEngine(reward, load_family(recipe.model), rows, device=device)
