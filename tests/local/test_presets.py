@@ -1,0 +1,98 @@
+"""Every preset and a mixture through the loop, from a pipeline to an exported student, in one process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.recipe import Recipe, derive
+from raydmd.rewards.engine import load_reward_engine
+from raydmd.serving.engine import TeacherEngine
+from raydmd.serving.local import LocalClient
+from raydmd.training.events import EventLog
+from raydmd.training.export import export, load_student
+from raydmd.training.session import FolderSession
+from raydmd.training.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.local
+PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
+
+
+def recipe(output: Path, method: dict) -> Recipe:
+    return derive(
+        Recipe(name="run", output=output, deterministic=True),
+        {
+            "model.path": "wan22-tiny",
+            "training": {
+                "cycles": 2,
+                "batch": 4,
+                "fake_updates": 1,
+                "precision": "fp32",
+                "report_every": 1,
+                "student": {"rate": 1e-3, "lora": None},
+                "fake": {"rate": 1e-3},
+            },
+            "method": method,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "dmd2"},
+        {"name": "phased"},
+        {"name": "decoupled"},
+        {"name": "amd"},
+        {"name": "dp_dmd", "anchor": {"steps": 2, "of": 6}},
+        {"name": "phased", "decouple": {"schedule": "constrained"}, "anchor": {"steps": 2, "of": 6}, "adapt": {}},
+    ],
+    ids=lambda m: m["name"] + ("+" if len(m) > 2 else ""),
+)
+def test_a_method_trains_and_exports(tmp_path, method):
+    torch.set_num_threads(1)
+    r = recipe(tmp_path, method)
+    r.folder.mkdir(parents=True)
+    family = load_family(r.model)
+    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
+    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
+    rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
+    session = FolderSession(r.folder)
+    worker = Worker(
+        Job(recipe=r, family=family, conditions=table), teacher, session, EventLog(r.folder / "events.jsonl"), rewards
+    )
+    assert worker.run() == "finished"
+    rows = [row for row in session.reports if "student/gradient" in row]
+    assert all(row["student/gradient"] > 0 for row in rows)
+    assert all(("student/reward" in row) == (r.method.adapt is not None) for row in rows)
+    student = load_student(r, family, max(r.folder.glob("cycle-*final")))
+    for expert, denoiser in student.items():
+        source = "transformer" if expert == "transformer" else "transformer_2"
+        start = dict(family.denoiser(source, dtype=torch.float32).network.named_parameters())
+        moved = [n for n, p in denoiser.network.named_parameters() if not torch.equal(p, start[n])]
+        assert moved or r.method.name == "dmd2", expert
+    export(r, family, student, r.folder)
+    pipeline = WanPipeline.from_pretrained(r.folder / "pipeline")
+    assert pipeline.scheduler.config.stochastic_sampling == (r.method.solver == "renoise")
+
+
+def test_samples_of_a_group_share_a_prompt_and_nothing_else(tmp_path):
+    r = recipe(tmp_path, {"name": "amd", "adapt": {"group": 2}})
+    r.folder.mkdir(parents=True)
+    family = load_family(r.model)
+    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
+    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
+    worker = Worker(
+        Job(recipe=r, family=family, conditions=table), teacher, FolderSession(r.folder), EventLog(r.folder / "e")
+    )
+    batch = worker.stream.batch(0, "student")
+    assert batch.conditions[0] == batch.conditions[1] != batch.conditions[2] == batch.conditions[3]
+    noise = batch.draws.normal("noise", (3,))
+    assert not torch.equal(noise[0], noise[1])
