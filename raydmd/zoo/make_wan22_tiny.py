@@ -141,6 +141,10 @@ def write(
         transformer_2=low.half(),
         boundary_ratio=BOUNDARY,
     ).save_pretrained(target)
+    for file in target.glob("*/config.json"):  # diffusers notes where a part was loaded from: folders of this machine
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     judge.save(target / "judge.safetensors")
     prompts = [c.text for c in sample_captions(2048, seed=11)]
     (target / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
