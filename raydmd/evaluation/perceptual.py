@@ -92,9 +92,9 @@ class Lpips(nn.Module):
         for index, layer in enumerate(self.backbone):
             hidden = layer(hidden)
             if index in _TAPS[self.net]:
-                # The small term stands where the reference code has it. Beside it, a gradient of the
-                # root at a pixel without any response would be infinite, hence the clamp.
-                norm = hidden.square().sum(1, keepdim=True).clamp(min=1e-30).sqrt()
+                # The root's gradient is not finite where no channel responds, but the activation before
+                # it passes none on there, so the small term can stand where the reference code has it.
+                norm = hidden.square().sum(1, keepdim=True).sqrt()
                 found.append(hidden / (norm + 1e-10))
         return found
 

@@ -102,7 +102,7 @@ def test_precision_and_recall_are_brute_force(k: int, block: int, monkeypatch: p
 
 
 def test_a_collapsed_student_is_precise_and_recalls_nothing() -> None:
-    real = normal(50, 40)
+    real = 100 + normal(50, 40)
     found = precision_recall(real, real[:1].expand(20, -1))
     assert found.precision == 1.0
     assert found.recall == 1 / 50  # its balls have no size, and one real sample is their centre

@@ -33,7 +33,7 @@ def test_lpips_with_heads_of_one_is_the_squared_distance_of_normalised_maps(net:
     lpips, (a, b) = random_lpips(net), (images(), images(seed=1))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     total = torch.zeros(2)
-    # LPIPS' constants for [-1, 1] are ImageNet's for [0, 1], rounded.
+    # LPIPS' constants for [-1, 1] are ImageNet's for [0, 1].
     x, y = ((i - mean.view(3, 1, 1)) / std.view(3, 1, 1) for i in (a, b))
     for layer, following in zip(lpips.backbone, [*list(lpips.backbone)[1:], None], strict=True):
         x, y = layer(x), layer(y)
@@ -41,7 +41,7 @@ def test_lpips_with_heads_of_one_is_the_squared_distance_of_normalised_maps(net:
         if isinstance(layer, torch.nn.ReLU) and last_of_stage:
             total += (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
     assert total.min() > 0.01
-    torch.testing.assert_close(lpips(a, b), total, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(lpips(a, b), total, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -142,8 +142,8 @@ def test_ssim_is_one_for_equals_and_the_closed_form_for_flat_pictures() -> None:
     a = images()
     torch.testing.assert_close(ssim(a, a), torch.ones(2))
     assert (ssim(a, images(seed=1)) < 0.3).all()
-    dark, bright = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.8)
-    luminance = (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4)  # contrast and structure are 1
+    dark, bright = torch.full((1, 3, 16, 16), 0.02), torch.full((1, 3, 16, 16), 0.08)
+    luminance = (2 * 0.02 * 0.08 + 1e-4) / (0.02**2 + 0.08**2 + 1e-4)  # contrast and structure are 1
     assert float(ssim(dark, bright)) == pytest.approx(luminance, rel=1e-3)
     start = images(1, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad(ssim(start, images(1)).sum(), start)
