@@ -66,10 +66,12 @@ class Preparation:
         """
         images = images.float()
         size = self._size(images.shape[-2], images.shape[-1])
-        if size != tuple(images.shape[-2:]):
-            images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True)
-            # Cubic interpolation overshoots; Pillow, with which these networks were trained, clips.
-            images = images.clamp(0, 1)
+        # Cubic interpolation overshoots. Pillow, with which these networks were trained, resizes the width,
+        # clips, resizes the height, and clips again.
+        for target in ((images.shape[-2], size[1]), size):
+            if target != tuple(images.shape[-2:]):
+                images = F.interpolate(images, target, mode=self.mode, align_corners=False, antialias=True)
+                images = images.clamp(0, 1)
         if self.crop is not None:
             if self.crop[0] > size[0] or self.crop[1] > size[1]:
                 raise InputError(f"a crop of {self.crop} does not fit into pictures resized to {size}")

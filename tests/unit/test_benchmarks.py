@@ -157,6 +157,12 @@ def test_a_name_at_the_limit_of_file_systems_is_written(tmp_path: Path) -> None:
     benchmark.check(tmp_path)
 
 
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "metadata.jsonl", "\udc80")
+    assert files(tmp_path) == set()
+
+
 def test_geneval_writes_folders_and_averages_by_tag(tmp_path: Path) -> None:
     write_rows(tmp_path / "evaluation_metadata.jsonl", GENEVAL)
     benchmark = GenEval.from_metadata(tmp_path / "evaluation_metadata.jsonl")

@@ -110,6 +110,11 @@ def test_a_collapsed_student_is_precise_and_recalls_nothing() -> None:
     assert precision_recall(real, real + 1e3) == (0.0, 0.0)
 
 
+def test_equal_points_are_at_distance_zero() -> None:
+    points = 100 + normal(50, 40).double()
+    assert distances._distances(points, points.clone()).diagonal().tolist() == [0.0] * 50
+
+
 def test_precision_and_recall_refuse_too_few() -> None:
     with pytest.raises(InputError, match="at least 4"):
         precision_recall(normal(3, 2), normal(9, 2))
