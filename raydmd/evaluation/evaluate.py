@@ -11,14 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from raydmd.errors import InputError
-from raydmd.evaluation.metrics import (
-    attribute_accuracy,
-    brightness,
-    coverage,
-    frechet,
-    pairwise_diversity,
-    saturation,
-)
+from raydmd.evaluation.distances import frechet
+from raydmd.evaluation.diversity import pairwise_diversity
+from raydmd.evaluation.metrics import accuracy_by_stated, attribute_accuracy, brightness, coverage, saturation
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
 from raydmd.zoo.world import ATTRIBUTES
 
@@ -69,6 +64,10 @@ COLUMNS = (
     Column("frechet", "Fréchet", "low", 2, "distance to the teacher's clips in a judge's features"),
     Column("joint", "joint", "high", 3, "share of clips with all stated attributes right"),
     *(Column(f"accuracy_{name}", name, "high", 3, f"share with the stated {name} right", False) for name in ATTRIBUTES),
+    *(
+        Column(f"joint_{count}", f"joint of {count}", "high", 3, f"share right where the prompt states {count}", False)
+        for count in range(1, len(ATTRIBUTES) + 1)
+    ),
     Column("flow", "flow", "teacher", 2, "mean optical flow of the foreground, pixels per frame"),
     Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
     Column("dynamic_degree", "dynamic", "teacher", 3, "share of clips that move at all", False),
@@ -302,6 +301,8 @@ def _row(samples: Samples, judge: Judge | None, reference: Tensor | None) -> Row
     accuracy = attribute_accuracy(samples.prompts, predictions)
     row["joint"] = accuracy["joint"]
     row |= {f"accuracy_{name}": accuracy[name] for name in ATTRIBUTES}
+    by_stated = accuracy_by_stated(samples.prompts, predictions)
+    row |= {f"joint_{count}": figures["joint"] for count, figures in by_stated.items()}
     row["diversity"] = pairwise_diversity(features, samples.prompts)
     spread = coverage(samples.prompts, predictions)
     if grouped := spread["grouped"].get("mean"):

@@ -1,4 +1,4 @@
-"""Figures of merit: pure functions of features, predictions, prompts and pixels.
+"""Checks against the zoo's known truth, and colours: pure functions of predictions, prompts and pixels.
 
 What a caption of the zoo's world leaves open is uniform in truth (``world``), so coverage is
 measured against a known distribution. Groups are small: even uniform draws miss modes in a group of
@@ -12,11 +12,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
-from raydmd.errors import InputError
 from raydmd.evaluation.samples import groups
 from raydmd.zoo.world import ATTRIBUTES, is_caption, parse
 
@@ -28,42 +25,6 @@ Table = dict[str, dict[str, float]]
 
 SMALLEST_GROUP = 4
 """Clips a prompt needs for its own coverage to count."""
-
-
-class _Identity(nn.Module):
-    """Hands features through where torchmetrics expects a network."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def frechet(features_a: Tensor, features_b: Tensor) -> float:
-    """Frechet distance of two sets of features, each taken as a Gaussian (arXiv:1706.08500, eq. 6).
-
-    Args:
-        features_a: ``(N, D)``.
-        features_b: ``(M, D)``.
-
-    Returns:
-        The squared distance, in squared units of the features, never below 0.
-
-    Raises:
-        InputError: if shapes differ or a set has fewer than 2 rows.
-    """
-    if features_a.ndim != 2 or features_a.shape[1:] != features_b.shape[1:]:
-        raise InputError(
-            f"features must be (N, D) and (M, D), given {tuple(features_a.shape)} and {tuple(features_b.shape)}"
-        )
-    if min(len(features_a), len(features_b)) < 2:
-        raise InputError("a Frechet distance needs at least 2 samples on either side")
-    metric = FrechetInceptionDistance(feature=_Identity(features_a.shape[1]))
-    metric.update(features_a.double(), real=True)
-    metric.update(features_b.double(), real=False)
-    return max(0.0, float(metric.compute()))
 
 
 def attribute_accuracy(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -91,6 +52,27 @@ def attribute_accuracy(prompts: Sequence[str], predictions: Mapping[str, Tensor]
         if hits:
             right["joint"].append(all(hits.values()))
     return {name: fmean(hits) if hits else None for name, hits in right.items()}
+
+
+def accuracy_by_stated(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[int, dict[str, float | None]]:
+    """Accuracy by how much a prompt asks for, as GenEval goes from single objects to bound attributes.
+
+    Args:
+        prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
+        predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+
+    Returns:
+        For each number of stated attributes from 1 to 4 the figures of :func:`attribute_accuracy`
+        over the prompts that state as many; numbers that do not occur are absent.
+    """
+    found: dict[int, dict[str, float | None]] = {}
+    stated = [len(parse(prompt).stated) if is_caption(prompt) else 0 for prompt in prompts]
+    for count in sorted(set(stated) - {0}):
+        rows = [index for index, number in enumerate(stated) if number == count]
+        found[count] = attribute_accuracy(
+            [prompts[index] for index in rows], {name: values[rows] for name, values in predictions.items()}
+        )
+    return found
 
 
 def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, Table]:
@@ -128,28 +110,6 @@ def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[
         if table:
             table["mean"] = _mean(list(table.values()))
     return {"grouped": grouped, "pooled": pooled}
-
-
-def pairwise_diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
-    """How clips of one prompt differ: 1 - mean pairwise cosine, averaged over prompts (DP-DMD).
-
-    It is fooled by residual noise; read it beside accuracy and the Frechet distance.
-
-    Args:
-        features: ``(N, D)``.
-        prompts: ``N`` prompts.
-
-    Returns:
-        A figure in [0, 2], 0 for identical clips; ``None`` if no prompt occurs twice.
-    """
-    unit = F.normalize(features.double(), dim=1)
-    spreads = []
-    for group in groups(prompts, least=2):
-        cosines = unit[group] @ unit[group].T
-        count = len(group)
-        mean = (float(cosines.sum()) - float(cosines.trace())) / (count * (count - 1))
-        spreads.append(max(0.0, 1 - mean))
-    return fmean(spreads) if spreads else None
 
 
 def brightness(clips: Tensor) -> float:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.evaluation.metrics import (
+    accuracy_by_stated,
     attribute_accuracy,
     brightness,
     coverage,
-    frechet,
-    pairwise_diversity,
     saturation,
 )
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
@@ -43,26 +42,6 @@ def shown(**changes: str) -> Caption:
     return Caption(**(full | changes))
 
 
-def test_frechet_of_a_mean_shift_is_its_square() -> None:
-    features = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
-    shift = torch.tensor([3.0, 0, 0, 4.0, 0, 0])
-    assert frechet(features, features + shift) == pytest.approx(25.0, abs=1e-3)
-    assert frechet(features, features) == pytest.approx(0.0, abs=1e-3)
-
-
-def test_frechet_of_a_scaled_gaussian_is_its_closed_form() -> None:
-    features = torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
-    features = features - features.mean(0)
-    trace = float(features.T.cov().trace())
-    assert frechet(features, 3 * features) == pytest.approx((3 - 1) ** 2 * trace, rel=1e-4)
-
-
-@pytest.mark.parametrize(("a", "b"), [((1, 3), (9, 3)), ((9, 3), (9, 4)), ((9,), (9,))])
-def test_frechet_refuses_what_has_no_covariance(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(InputError):
-        frechet(torch.zeros(a), torch.zeros(b))
-
-
 def test_accuracy_counts_only_what_is_stated() -> None:
     prompts = ["a red thing", "a red bag", "something", "a big dog, running"]
     seen = predictions(shown(item="coat"), shown(item="coat"), shown(), shown(colour="blue"))
@@ -74,6 +53,16 @@ def test_accuracy_counts_only_what_is_stated() -> None:
         "speed": None,
         "joint": 0.5,
     }
+
+
+def test_accuracy_by_stated_grows_harder_with_every_attribute() -> None:
+    prompts = ["a red thing", "a blue thing", "a red bag", "a red bag moving left fast", "something", "no caption"]
+    seen = predictions(*[shown(direction="right")] * 6)
+    found = accuracy_by_stated(prompts, seen)
+    assert set(found) == {1, 2, 4}
+    assert found[1] == {"item": None, "colour": 0.5, "direction": None, "speed": None, "joint": 0.5}
+    assert found[2]["joint"] == 1.0
+    assert found[4] == {"item": 1.0, "colour": 1.0, "direction": 0.0, "speed": 1.0, "joint": 0.0}
 
 
 def test_uniform_predictions_cover_everything() -> None:
@@ -107,15 +96,6 @@ def test_collapse_within_prompts_shows_in_groups_and_not_in_the_pool() -> None:
     few = coverage(prompts[:3], {name: v[:3] for name, v in seen.items()})
     assert few["grouped"] == {}
     assert few["pooled"]["colour"]["missing"] == 0.75
-
-
-def test_diversity_is_zero_for_identical_and_one_for_orthogonal_features() -> None:
-    prompts = ["a"] * 3 + ["b"] * 3 + ["c"]
-    same = torch.ones(7, 3)
-    apart = torch.cat([torch.eye(3), torch.eye(3), torch.ones(1, 3)])
-    assert pairwise_diversity(same, prompts) == pytest.approx(0.0, abs=1e-7)
-    assert pairwise_diversity(apart, prompts) == pytest.approx(1.0)
-    assert pairwise_diversity(same[:2], ["a", "b"]) is None
 
 
 def test_brightness_and_saturation_of_flat_colours() -> None:
