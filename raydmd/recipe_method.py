@@ -7,7 +7,6 @@ is a preset with a part of another switched on.
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -32,8 +31,6 @@ CAP = 10.0
 Schedule = Literal["coupled", "full", "constrained", "hybrid"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv:2311.18828: one step, regression on the teacher's pairs
-    "dmd": {"steps": 1, "shift": 1.0, "regression": {}},
     # arXiv:2405.14867: backward simulation with fresh noise between the steps
     "dmd2": {"solver": "renoise"},
     # arXiv:2510.27684: an expert per phase, matched where the phase ends
@@ -93,37 +90,6 @@ class Anchor(Section):
         if self.steps > self.of:
             raise ValueError(f"steps={self.steps} of the teacher's {self.of} steps can't be followed")
         return self
-
-
-class Regression(Section):
-    """DMD's regression (arXiv:2311.18828): noise-image pairs of the teacher keep the student's modes."""
-
-    pairs: Path | None = None
-    """Folder of pairs, made by ``raydmd pairs``."""
-    weight: Weight = 0.25
-    distance: Literal["lpips", "l2", "ssim"] = "lpips"
-    """``lpips`` and ``ssim`` compare decoded pixels, ``l2`` latents."""
-    backbone: Path | None = None
-    """Weights of LPIPS's network; default: the one ``lpips`` comes with."""
-    batch: Count | None = None
-    """Pairs per student update, over all workers; default: ``training.batch``."""
-    resample: NonNegative = 0.0
-    """How strongly pairs with a large current error are drawn more often; 0 draws all alike."""
-
-
-class Gan(Section):
-    """DMD2's adversarial term (arXiv:2405.14867): a head on the fake score's features tells real from student."""
-
-    real: Path
-    """Folder of images or clips, or a latents file made by ``raydmd encode``."""
-    weight: Weight = 5e-3
-    """In the student's loss."""
-    head_weight: Positive = 1e-2
-    """In the fake score's loss."""
-    r1: NonNegative = 0.0
-    """Weight of the gradient penalty on real samples."""
-    balance: bool = False
-    """Scale the term so that its gradient on the sample is ``weight`` times the score term's."""
 
 
 class Moments(Section):
@@ -187,7 +153,7 @@ class Adapt(Section):
 class Method(Section):
     """How the student is taught: rollout, score term, auxiliary terms."""
 
-    name: Literal["dmd", "dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
+    name: Literal["dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
     """The preset whose settings hold where none is given."""
     steps: Count = 4
     shift: Positive = 5.0
@@ -215,8 +181,6 @@ class Method(Section):
     """Shift of the fake score's times; default: ``shift``."""
     decouple: Decouple | None = None
     anchor: Anchor | None = None
-    regression: Regression | None = None
-    gan: Gan | None = None
     moments: Moments | None = None
     adapt: Adapt | None = None
 
@@ -253,10 +217,6 @@ class Method(Section):
             )
         if self.moments and self.boundaries:
             raise ValueError("moments regularises clean samples; those of a phase that ends at a noise level are not")
-        if self.regression and self.rollout == "simulate" and self.steps > 1:
-            raise ValueError("regression differentiates all the way from noise: use steps=1 or rollout=unroll")
-        if self.regression and self.boundaries:
-            raise ValueError("regression compares finished images; a phase that ends at a noise level makes none")
         return self
 
     def _steps_of_phases(self) -> list[int]:

@@ -1,8 +1,7 @@
-"""Terms beside the score term: diversity anchor, mean-variance regulariser, adversarial losses."""
+"""Terms beside the score term: diversity anchor and mean-variance regulariser."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,31 +47,3 @@ def moments_loss(x0: Tensor, *, mean: float, variance: float) -> Tensor:
     flat = x0.flatten(1)
     mu, var = flat.mean(1), flat.var(1, correction=0).clamp(min=1e-12)
     return 0.5 * ((var + (mu - mean).square()) / variance - 1.0 - (var / variance).log()).mean()
-
-
-def generator_adversarial(logits: Tensor) -> Tensor:
-    """Non-saturating loss of the student: ``softplus(-D(student))`` (DMD2, arXiv:2405.14867). A scalar."""
-    return F.softplus(-logits).mean()
-
-
-def head_adversarial(student: Tensor, real: Tensor) -> Tensor:
-    """Loss of the head: ``softplus(D(student)) + softplus(-D(real))`` (DMD2, arXiv:2405.14867). A scalar."""
-    return F.softplus(student).mean() + F.softplus(-real).mean()
-
-
-def r1_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
-    """Squared gradient norm of the logits at real samples, halved (Mescheder et al., arXiv:1801.04406). A scalar.
-
-    Args:
-        logits: ``(B,)``, made from ``inputs``.
-        inputs: real samples ``(B, ...)`` that require a gradient.
-    """
-    (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    penalty: Tensor = 0.5 * gradient.square().flatten(1).sum(1).mean()
-    return penalty
-
-
-def balance_factor(gradient: Tensor, reference: Tensor) -> Tensor:
-    """What a term's gradient must be multiplied with to have another's norm, over the batch. A scalar, detached."""
-    factor: Tensor = reference.norm() / gradient.norm().clamp(min=1e-12)
-    return factor.detach()

@@ -11,7 +11,7 @@ from raydmd.methods.phases import Window
 from raydmd.methods.presets import build_method
 from raydmd.methods.terms import Answer, Query
 from raydmd.models.base import Experts, Routing
-from raydmd.objectives.auxiliary import anchor_target, moments_loss, r1_penalty
+from raydmd.objectives.auxiliary import anchor_target, moments_loss
 from raydmd.objectives.decoupled import adapted_weights, advantage, augmentation_direction, sharpening_weights
 from raydmd.process import RectifiedFlow, VariancePreserving
 from raydmd.recipe_method import Method
@@ -258,12 +258,6 @@ def test_moments_loss_is_the_kl_of_gaussians():
     assert float(moments_loss(2 * x + 0.5, mean=0.1, variance=0.81)) == pytest.approx(float(kl), rel=1e-6)
 
 
-def test_r1_is_half_the_squared_gradient():
-    x = torch.randn(4, 3, generator=seeded(0), dtype=F64, requires_grad=True)
-    weight = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
-    assert float(r1_penalty(x @ weight, x)) == pytest.approx(0.5 * float(weight.square().sum()))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -310,8 +304,6 @@ def test_presets_hold_the_papers_settings():
     assert Method(name="dp_dmd").anchor.weight == 0.05
     assert Method(name="dp_dmd", anchor={"steps": 3}).anchor.weight == 0.05
     assert Method(name="dp_dmd", anchor=None).anchor is None
-    assert Method(name="dmd").steps == 1
-    assert Method(name="dmd").regression.weight == 0.25
     assert Method(name="decoupled").decouple.schedule == "hybrid"
     assert Method(name="dmd2").solver == "renoise"
     assert Method(name="phased").boundaries == (0.875,)

@@ -141,7 +141,6 @@ def test_aliases_lead_to_keys() -> None:
         (["method.decouple.match=0", "method.decouple.augment=0"], "no score to follow"),
         (["method.decouple.augment={start: 1, stop: 0}"], "method.decouple.augment"),
         (["method.name=amd", "training.batch=6"], "method.adapt.group=4 does not divide"),
-        (["method.regression={}"], "use steps=1 or rollout=unroll"),
         (["method.moments={}"], "clean samples"),
         (["method.name=dmd3"], "'dmd2', 'phased'"),
         (["method.boundaries=[1.5]"], "strictly between 0 and 1"),

@@ -368,7 +368,6 @@ def test_settings_build_the_sum_and_idle_ones_are_refused(clip_folder: Path) -> 
     parts = [build([RewardSpec(kind=kind, path=path)]).score(clips(), PROMPTS, range(3)) for kind in ("clip", "pick")]
     torch.testing.assert_close(both.score(clips(), PROMPTS, range(3)), 0.1 * parts[0] + parts[1] - 3)
     idle: list[dict[str, Any]] = [
-        {"kind": "zoo"},
         {"kind": "hps"},
         {"kind": "zoo", "path": path, "frames": 2},
         {"kind": "image_reward", "path": path, "processor": path},
