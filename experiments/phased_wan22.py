@@ -49,7 +49,7 @@ ZOO = derive(
             "ema": 0.99,
             "decay": 0.4,
         },
-        "method": {"guidance": 2.4},
+        "method": {"guidance": 1.6},
         "placement": Placement(workers=2).model_dump(),
         "evaluation": {"guidance": 4.0},
     },
