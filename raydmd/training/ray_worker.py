@@ -18,6 +18,7 @@ from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.serving.local import LocalTeacher
 from raydmd.serving.pool_client import ClientSpec, PoolClient
+from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.session import Session
 from raydmd.training.worker import Job, Worker
@@ -30,9 +31,14 @@ if TYPE_CHECKING:
 
 
 class RaySession(Session):
-    """A worker of Ray Train."""
+    """A worker of Ray Train.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: seconds to wait for Ray Train's list of checkpoints.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -43,14 +49,22 @@ class RaySession(Session):
         ray.train.report(dict(metrics), checkpoint=handle, checkpoint_dir_name=name)
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self, before: int | None = None) -> Iterator[Path | None]:
         """See :class:`~raydmd.training.session.Session`."""
-        handle = ray.train.get_checkpoint()
+        handle = ray.train.get_checkpoint() if before is None else self._kept(before)
         if handle is None:
             yield None
             return
         with handle.as_directory() as folder:
             yield Path(folder)
+
+    def _kept(self, before: int) -> Checkpoint | None:
+        # Waits for the reports under way, so that all ranks see the same list.
+        reported = ray.train.get_all_reported_checkpoints(
+            consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=self._timeout
+        )
+        kept = (r.checkpoint for r in reported if cycle_of(Path(r.checkpoint.path).name) <= before)
+        return max(kept, key=lambda c: Path(c.path).name, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +108,7 @@ def train_loop(config: LoopConfig) -> None:
     """
     c = config["worker"]
     prepare_process(threads=c.recipe.placement.threads, deterministic=c.recipe.deterministic)
-    session = RaySession()
+    session = RaySession(c.recipe.training.step_timeout)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
     job = Job(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from raydmd.training.checkpoint import cycle_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -27,8 +29,12 @@ class Session(ABC):
         """Hand over metrics, and with ``checkpoint`` this rank's files of checkpoint ``name``. All ranks call it."""
 
     @abstractmethod
-    def latest(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The last committed checkpoint as a folder, or ``None``."""
+    def latest(self, before: int | None = None) -> contextlib.AbstractContextManager[Path | None]:
+        """The last committed checkpoint as a folder, or ``None``; all ranks ask at the same place.
+
+        Args:
+            before: of those after at most so many cycles.
+        """
 
 
 class FolderSession(Session):
@@ -56,6 +62,7 @@ class FolderSession(Session):
             partial.rename(target)
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self, before: int | None = None) -> Iterator[Path | None]:
         """See :class:`Session`."""
-        yield max(self.folder.glob("cycle-*"), default=None)
+        folders = (f for f in self.folder.glob("cycle-*") if before is None or cycle_of(f.name) <= before)
+        yield max(folders, default=None)
