@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.client import TeacherClient
+    from raydmd.training.session import Fits
 
 
 class RaySession(Session):
@@ -49,21 +50,21 @@ class RaySession(Session):
         ray.train.report(dict(metrics), checkpoint=handle, checkpoint_dir_name=name)
 
     @contextlib.contextmanager
-    def latest(self, before: int | None = None) -> Iterator[Path | None]:
+    def latest(self, fits: Fits | None = None) -> Iterator[Path | None]:
         """See :class:`~raydmd.training.session.Session`."""
-        handle = ray.train.get_checkpoint() if before is None else self._kept(before)
+        handle = ray.train.get_checkpoint() if fits is None else self._kept(fits)
         if handle is None:
             yield None
             return
         with handle.as_directory() as folder:
             yield Path(folder)
 
-    def _kept(self, before: int) -> Checkpoint | None:
+    def _kept(self, fits: Fits) -> Checkpoint | None:
         # Waits for the reports under way, so that all ranks see the same list.
         reported = ray.train.get_all_reported_checkpoints(
             consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=self._timeout
         )
-        kept = (r.checkpoint for r in reported if cycle_of(Path(r.checkpoint.path).name) <= before)
+        kept = (r.checkpoint for r in reported if fits(cycle_of(Path(r.checkpoint.path).name)))
         return max(kept, key=lambda c: Path(c.path).name, default=None)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from raydmd.training.checkpoint import cycle_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+Fits = Callable[[int], bool]
 
 
 class Session(ABC):
@@ -29,11 +33,11 @@ class Session(ABC):
         """Hand over metrics, and with ``checkpoint`` this rank's files of checkpoint ``name``. All ranks call it."""
 
     @abstractmethod
-    def latest(self, before: int | None = None) -> contextlib.AbstractContextManager[Path | None]:
+    def latest(self, fits: Fits | None = None) -> contextlib.AbstractContextManager[Path | None]:
         """The last committed checkpoint as a folder, or ``None``; all ranks ask at the same place.
 
         Args:
-            before: of those after at most so many cycles.
+            fits: whether one after so many cycles will do; default: any.
         """
 
 
@@ -62,7 +66,7 @@ class FolderSession(Session):
             partial.rename(target)
 
     @contextlib.contextmanager
-    def latest(self, before: int | None = None) -> Iterator[Path | None]:
+    def latest(self, fits: Fits | None = None) -> Iterator[Path | None]:
         """See :class:`Session`."""
-        folders = (f for f in self.folder.glob("cycle-*") if before is None or cycle_of(f.name) <= before)
+        folders = (f for f in self.folder.glob("cycle-*") if fits is None or fits(cycle_of(f.name)))
         yield max(folders, default=None)

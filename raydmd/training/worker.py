@@ -176,7 +176,13 @@ class Worker:
         """
         measures, gone = self.watch.measures, self.cycle
         before = max(gone - self.recipe.monitor.lookback, self.plan.start(phase.index))
-        with self.session.latest(before) as folder:
+        every = self.recipe.training.checkpoint_every
+
+        def fits(cycle: int) -> bool:
+            # Not one of a stop: a run that was stopped and resumed must end as if it had not been.
+            return cycle <= before and (cycle % every == 0 or cycle in self.plan.ends)
+
+        with self.session.latest(fits) as folder:
             if folder is None:
                 message = f"{alarm.message} (no checkpoint of cycle {before} or earlier is kept to roll back to)"
                 self._alarm = replace(alarm, action="stop", message=message)

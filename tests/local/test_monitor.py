@@ -27,7 +27,7 @@ def pipeline(tmp_path_factory) -> Path:
     return wan_pipeline(tmp_path_factory.mktemp("one"), experts=1, layers=1)
 
 
-def watched(pipeline: Path, output: Path, *, rate: float, cycles: int = 24, **monitor: object) -> Recipe:
+def watched(pipeline: Path, output: Path, *, rate: float, cycles: int = 15, **monitor: object) -> Recipe:
     settings = {"cycles": cycles, "decay": 0.0, "checkpoint_every": 3, "student": {"rate": rate}}
     method = {"name": "dmd2", "steps": 2}
     return derive(recipe(pipeline, output), {"method": method, "training": settings, "monitor": {**QUICK, **monitor}})
@@ -67,27 +67,20 @@ def test_a_collapse_is_rolled_back_and_the_run_goes_on_otherwise(pipeline, tmp_p
     assert worker.session.reports[-2]["student/x0_std"] < 3
     names = sorted(f.name for f in r.folder.glob("cycle-*"))
     assert names[0] == "cycle-00000000"
-    assert names[-1] == "cycle-r01-00000024-final"
+    assert names[-1] == "cycle-r01-00000015-final"
     progress = checkpoint.read_progress(r.folder / f"cycle-r01-{back['cycle']:08d}")
     assert progress.monitor["measures"]["actions"] == 1, "a crash now would forget the rollback"
 
 
-def test_another_attempt_draws_other_samples(pipeline, tmp_path):
-    """With nothing cut and nothing raised, only the draws can make a difference."""
-    r = watched(pipeline, tmp_path, rate=ABSURD, action="rollback", cut=1.0, ratio=1.0, limit=1)
-    worker, end = work(r)
-    assert end == "stopped"
-    first = {row["cycle"]: row for row in worker.session.reports if row.get("monitor/attempt") == 0}
-    second = [row for row in worker.session.reports if row.get("monitor/attempt") == 1 and row["cycle"] in first]
-    assert second
-    assert all(row["student/gradient"] != first[row["cycle"]]["student/gradient"] for row in second)
-
-
-def test_rollbacks_end_in_a_stop_that_can_be_resumed_with_other_settings(pipeline, tmp_path):
+def test_other_draws_alone_do_not_help_and_the_run_stops_until_it_is_resumed_with_other_settings(pipeline, tmp_path):
     r = watched(pipeline, tmp_path, rate=ABSURD, action="rollback", cut=1.0, ratio=1.0, limit=2)
     worker, end = work(r)
     assert end == "stopped"
     assert [e["action"] for e in events(r, "alarm")] == ["rollback", "rollback", "stop"]
+    attempts = [{c["cycle"]: c for c in worker.session.reports if c.get("monitor/attempt") == k} for k in range(2)]
+    both = attempts[0].keys() & attempts[1].keys()
+    assert both
+    assert all(attempts[0][c]["student/gradient"] != attempts[1][c]["student/gradient"] for c in both), "same draws"
     (stopped,) = events(r, "stopped")
     assert "limit=2" in stopped["alarm"]
     assert (r.folder / checkpoint.name_of(stopped["cycle"], 2)).is_dir()
@@ -98,17 +91,21 @@ def test_rollbacks_end_in_a_stop_that_can_be_resumed_with_other_settings(pipelin
     assert worker.watch.measures.attempt == 2
 
 
-@pytest.mark.parametrize("stop", [2, 7, 11, 14])
-def test_a_run_that_rolls_back_resumes_bit_identical(pipeline, tmp_path, stop):
-    """Stopped before the alarm, while it builds up, and after the rollback."""
-    changes = {"rate": ABSURD, "action": "rollback", "cut": 1e-2, "cycles": 16}
-    whole, end = work(watched(pipeline, tmp_path / "whole", **changes))
-    assert end == "finished"
-    r = watched(pipeline, tmp_path / "parts", **changes)
-    assert work(r, stop_at=stop)[1] == "stopped"
+REPEATED = {"rate": ABSURD, "action": "rollback", "cut": 1e-2, "cycles": 15}
+"""Collapses at once, and once more."""
+
+
+def test_a_run_that_rolls_back_resumes_bit_identical(pipeline, tmp_path):
+    """Stopped after the first rollback, where no checkpoint is due, and after the second."""
+    whole, end = work(watched(pipeline, tmp_path / "whole", **REPEATED))
+    assert (end, whole.watch.measures.attempt) == ("finished", 2)
+    r = watched(pipeline, tmp_path / "parts", **REPEATED)
+    for stop in (7, 13):
+        assert work(r, stop_at=stop)[1] == "stopped"
     parts, end = work(r)
     assert end == "finished"
-    assert len(events(r, "rollback")) == whole.watch.measures.attempt > 0
+    assert len(events(r, "resume")) == 2
+    assert len(events(r, "rollback")) == 2
     assert parts.watch.state() == whole.watch.state()
     theirs = whole.state()
     for key, value in parts.state().items():
@@ -117,7 +114,7 @@ def test_a_run_that_rolls_back_resumes_bit_identical(pipeline, tmp_path, stop):
 
 @pytest.mark.parametrize(("action", "key"), [("raise_ratio", "fake_updates"), ("cut_rate", "rate")])
 def test_milder_actions_go_on_where_they_are(pipeline, tmp_path, action, key):
-    r = watched(pipeline, tmp_path, rate=ABSURD, action=action, cycles=12, limit=9)
+    r = watched(pipeline, tmp_path, rate=ABSURD, action=action, cycles=6, limit=9)
     worker, end = work(r)
     assert end == "finished"
     assert events(r, "alarm")
@@ -125,4 +122,6 @@ def test_milder_actions_go_on_where_they_are(pipeline, tmp_path, action, key):
     now = worker.watch.measures
     assert (now.fake_updates > 2, now.rate < 1) == (key == "fake_updates", key == "rate")
     if key == "rate":
-        assert worker.session.reports[-2]["student/rate"] == pytest.approx(ABSURD * now.rate, rel=1)
+        rates = [row["student/rate"] for row in worker.session.reports if "student/rate" in row]
+        assert rates[0] == ABSURD
+        assert rates[-1] <= ABSURD / 2
