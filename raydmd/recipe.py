@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from raydmd import recipe_io as io
 from raydmd.errors import InputError
 from raydmd.recipe_method import PRESETS, Method
+from raydmd.recipe_monitor import Monitor
 from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word
 
 if TYPE_CHECKING:
@@ -171,6 +172,23 @@ class Evaluation(Section):
     """Seconds that export and evaluation may take."""
 
 
+def _monitor_can_act(m: Monitor, training: Training) -> None:
+    if m.action == "warn":
+        return
+    if training.cycles < m.settle + m.patience:
+        raise ValueError(
+            f"monitor.action={m.action} can't happen within training.cycles={training.cycles}: no alarm comes before "
+            f"{m.settle + m.patience} cycles (monitor.settle + monitor.patience)"
+        )
+    if m.action == "raise_ratio" and not training.fake_updates:
+        raise ValueError("monitor.action=raise_ratio does nothing with training.fake_updates=0")
+    if m.action == "rollback" and 2 * training.checkpoint_every < m.lookback:
+        raise ValueError(
+            f"monitor.action=rollback looks back {m.lookback} cycles, but of the checkpoints three are kept: "
+            f"training.checkpoint_every={training.checkpoint_every} must be at least {ceil(m.lookback / 2)}"
+        )
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -183,6 +201,7 @@ class Recipe(Section):
     data: Data = Data()
     method: Method = Method()
     training: Training = Training()
+    monitor: Monitor = Monitor()
     placement: Placement = Placement()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
@@ -206,6 +225,7 @@ class Recipe(Section):
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
+        _monitor_can_act(self.monitor, self.training)
         return self
 
     @property

@@ -7,8 +7,9 @@ Files of a checkpoint: ``*.distcp`` and ``.metadata`` (tensors, one file per ran
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Progress:
     Attributes:
         cycle: cycles done.
         phase: index of the phase that the roles in this checkpoint belong to.
+        monitor: what the collapse monitor remembers, and what it has changed.
         recipe: the resolved recipe, as YAML.
         raydmd: version that wrote it.
         torch: version that wrote it.
@@ -37,14 +39,20 @@ class Progress:
 
     cycle: int
     phase: int
+    monitor: dict[str, Any]
     recipe: str
     raydmd: str = __version__
     torch: str = torch.__version__
 
 
-def name_of(cycle: int) -> str:
-    """Name of the checkpoint after ``cycle`` cycles; sorts in order."""
-    return f"cycle-{cycle:08d}"
+def name_of(cycle: int, attempt: int = 0) -> str:
+    """Name of the checkpoint after ``cycle`` cycles and ``attempt`` rollbacks; sorts in the order of writing."""
+    return f"cycle-r{attempt:02d}-{cycle:08d}" if attempt else f"cycle-{cycle:08d}"
+
+
+def cycle_of(name: str) -> int:
+    """Cycles after which the checkpoint of this name was written."""
+    return int(re.findall(r"\d{8,}", name)[0])
 
 
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, *, rank: int) -> None:

@@ -31,6 +31,11 @@ Agree = Callable[[Exception | None], None]
 """Raises on every rank if any rank brings an error; called at the same places by all."""
 
 BANDS = (0.0, 0.5, 0.8, 0.95, 1.01)
+ERRORS = tuple(f"fake/error_{low:g}_{min(high, 1):g}" for low, high in itertools.pairwise(BANDS))
+"""Metric of the fake score's error in each band of noise levels."""
+
+SATURATED = 3.0
+"""Latents further from the teacher's mean than so many of its standard deviations count as saturated."""
 
 
 @dataclass
@@ -126,7 +131,10 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
 
     metrics["student/x0_mean"] = float(sample.x0.mean())
     metrics["student/x0_std"] = float(sample.x0.std())
-    metrics["teacher/x0_std"] = float(torch.cat([answer.value for answer in answers]).std())
+    said = torch.cat([answer.value for answer in answers])
+    mean, std = said.mean(), said.std()
+    metrics["student/saturation"] = float(((sample.x0 - mean).abs() > SATURATED * std).float().mean())
+    metrics["teacher/x0_std"] = float(std)
     if rewards is not None:
         metrics["student/reward"] = float(rewards.mean())
     return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
@@ -141,10 +149,10 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
     loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase, rewards)
     norm = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
     metrics = {"fake/loss": float(loss.detach()), "fake/gradient": norm}
-    for low, high in itertools.pairwise(BANDS):
+    for key, low, high in zip(ERRORS, BANDS, BANDS[1:], strict=False):
         here = (t >= low) & (t < high)
         if here.any():
-            metrics[f"fake/error_{low:g}_{min(high, 1):g}"] = float(error[here].mean())
+            metrics[key] = float(error[here].mean())
     return metrics
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from raydmd.recipe import SIGNALS
 from raydmd.training.events import read_from
 
 if TYPE_CHECKING:
@@ -141,9 +142,10 @@ def progress_line(row: Mapping[str, float], recipe: Recipe, rates: list[tuple[fl
 def alarms(row: Mapping[str, float]) -> list[str]:
     """What a person should look at now."""
     found = []
-    ratio = row["student/x0_std"] / max(row["teacher/x0_std"], 1e-9)
-    if not 0.5 < ratio < 2.0:
-        found.append(f"ALARM student's spread is {ratio:.2f} of the teacher's")
+    if raised := int(row["monitor/alarm"]):
+        pressures = {k.removeprefix("monitor/"): v for k, v in row.items() if k.startswith("monitor/")}
+        worst = sorted(SIGNALS, key=lambda kind: -pressures.get(kind, 0.0))[:raised]
+        found.append("ALARM " + ", ".join(f"{kind} at {pressures.get(kind, 0.0):.1f} of its limit" for kind in worst))
     if row["teacher/retries"]:
         found.append(f"{int(row['teacher/retries'])} teacher retries")
     return found

@@ -20,6 +20,7 @@ from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import ClientSpec, PoolClient
+from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.session import Session
 from raydmd.training.worker import Job, Worker
@@ -29,12 +30,18 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.client import Client
+    from raydmd.training.session import Fits
 
 
 class RaySession(Session):
-    """A worker of Ray Train."""
+    """A worker of Ray Train.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: seconds to wait for Ray Train's list of checkpoints.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -45,14 +52,22 @@ class RaySession(Session):
         ray.train.report(dict(metrics), checkpoint=handle, checkpoint_dir_name=name)
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self, fits: Fits | None = None) -> Iterator[Path | None]:
         """See :class:`~raydmd.training.session.Session`."""
-        handle = ray.train.get_checkpoint()
+        handle = ray.train.get_checkpoint() if fits is None else self._kept(fits)
         if handle is None:
             yield None
             return
         with handle.as_directory() as folder:
             yield Path(folder)
+
+    def _kept(self, fits: Fits) -> Checkpoint | None:
+        # Waits for the reports under way, so that all ranks see the same list.
+        reported = ray.train.get_all_reported_checkpoints(
+            consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=self._timeout
+        )
+        kept = (r.checkpoint for r in reported if fits(cycle_of(Path(r.checkpoint.path).name)))
+        return max(kept, key=lambda c: Path(c.path).name, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +115,7 @@ def train_loop(config: LoopConfig) -> None:
     """
     c = config["worker"]
     prepare_process(threads=c.recipe.placement.threads, deterministic=c.recipe.deterministic)
-    session = RaySession()
+    session = RaySession(c.recipe.training.step_timeout)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
     job = Job(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from raydmd.models.base import Experts
     from raydmd.recipe import Recipe
 
-FREE_KEYS = ("placement", "tracking", "evaluation", "output")
+FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
 FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
@@ -217,9 +217,10 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result
     if last["event"] == "failed":
         raise RunFailed(f"run '{recipe.name}' failed: {last['message']}\nLog: {recipe.folder / 'events.jsonl'}")
     if last["event"] == "stopped":
-        raise RunStopped(
-            f"run '{recipe.name}' stopped after {last['cycle']} cycles with a checkpoint; the same command resumes it"
-        )
+        by, how = "", "the same command resumes it"
+        if last["alarm"]:
+            by, how = f" by its monitor: {last['alarm']}", f"{how}, as do other settings of monitor"
+        raise RunStopped(f"run '{recipe.name}' stopped after {last['cycle']} cycles with a checkpoint{by}; {how}")
     if result.checkpoint is None:
         raise RunFailed(f"run '{recipe.name}' finished but its final checkpoint is not in {recipe.folder}")
     return Path(result.checkpoint.path)

@@ -6,13 +6,19 @@ import contextlib
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from raydmd.training.checkpoint import cycle_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+Fits = Callable[[int], bool]
 
 
 class Session(ABC):
@@ -27,8 +33,12 @@ class Session(ABC):
         """Hand over metrics, and with ``checkpoint`` this rank's files of checkpoint ``name``. All ranks call it."""
 
     @abstractmethod
-    def latest(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The last committed checkpoint as a folder, or ``None``."""
+    def latest(self, fits: Fits | None = None) -> contextlib.AbstractContextManager[Path | None]:
+        """The last committed checkpoint as a folder, or ``None``; all ranks ask at the same place.
+
+        Args:
+            fits: whether one after so many cycles will do; default: any.
+        """
 
 
 class FolderSession(Session):
@@ -56,6 +66,7 @@ class FolderSession(Session):
             partial.rename(target)
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self, fits: Fits | None = None) -> Iterator[Path | None]:
         """See :class:`Session`."""
-        yield max(self.folder.glob("cycle-*"), default=None)
+        folders = (f for f in self.folder.glob("cycle-*") if fits is None or fits(cycle_of(f.name)))
+        yield max(folders, default=None)

@@ -7,7 +7,7 @@ seed and position, so there is no generator to save.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from raydmd.training.cycle import Actors, train_cycle, update_fake
 from raydmd.training.plan import CyclePlan
 from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
+from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
     from raydmd.methods.method import Method
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe, Role
     from raydmd.serving.client import Client
     from raydmd.training.events import EventLog
+    from raydmd.training.monitor import Alarm, Measures
     from raydmd.training.session import Session
 
 STUDENT = "student"
@@ -83,25 +85,11 @@ class Worker:
         self.routing: Routing = job.family.routing()
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
-        updates = ["student", *(f"fake.{k}" for k in range(training.fake_updates))]
-        self.stream, self._warmup_stream = (
-            Stream(
-                job.conditions,
-                seed=self.recipe.seed + salt,
-                batch=training.batch,
-                slots={name: i for i, name in enumerate(slots)},
-                rank=session.rank,
-                world=session.world,
-                group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
-                device=session.device,
-            )
-            for salt, slots in (
-                (0, updates),
-                (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
-            )
-        )
+        self._conditions = job.conditions
+        self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0
         self._written = False
+        self._alarm: Alarm | None = None  # one that ends the cycles: a stop or a rollback
         self.student: TrainedRole
         self.fake: TrainedRole
 
@@ -122,10 +110,14 @@ class Worker:
             actors = self._actors(phase)
             if fresh:
                 self._warm_up(actors)
+                if self.cycle == 0 and self.recipe.monitor.action == "rollback":
+                    self._save()  # something to go back to
             fresh = self._train(phase, actors)
             del actors  # or the old fake score would stay beside the next phase's
+            if self._alarm is not None and self._alarm.action == "rollback":
+                fresh = self._roll_back(phase, self._alarm)
             if self._stopping():
-                self.events.write("stopped", cycle=self.cycle)
+                self.events.write("stopped", cycle=self.cycle, alarm=self._alarm and self._alarm.message)
                 return "stopped"
         if not self._written:
             self._save(student=True)
@@ -137,22 +129,26 @@ class Worker:
         return {**self.student.tensors(), **self.fake.tensors()}
 
     def _train(self, phase: Phase, actors: Actors) -> bool:
-        """Run cycles until the phase ends or the run must stop; returns whether the phase ended."""
+        """Run cycles until the phase ends, or the run must stop or go back; returns whether the phase ended."""
         training = self.recipe.training
         end, seen = self.plan.ends[phase.index], dict[str, list[float]]()
         while self.cycle < end:
-            factor = self.plan.rate(self.cycle)
+            factor = self.plan.rate(self.cycle) * self.watch.measures.rate
             rate = self.student.set_rate(factor)
             self.fake.set_rate(factor)
             metrics = train_cycle(actors, self.cycle)
             self.cycle += 1
+            self._alarm = self._heed(self.watch.look(actors, metrics))
+            if self._alarm is not None and self._alarm.action == "rollback":
+                return False
+            actors = replace(actors, fake_updates=self.watch.measures.fake_updates)
             for key, value in metrics.items():
                 seen.setdefault(key, []).append(value)
             stop = self._stopping()
             save = self.cycle % training.checkpoint_every == 0 or stop
             if self.cycle % training.report_every == 0 or save or self.cycle == end:
                 means = {k: sum(v) / len(v) for k, v in seen.items()}
-                row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means}
+                row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means, **self.watch.report()}
                 row |= {"cycles": self.plan.cycles, "teacher/retries": self.teacher.retries}
                 seen = {}
                 if save and self.cycle < end:
@@ -168,19 +164,87 @@ class Worker:
             self._save(ended=True)
         return True
 
+    def _heed(self, alarm: Alarm | None) -> Alarm | None:
+        """Write an alarm down; returns it if it ends the cycles."""
+        if alarm is None:
+            return None
+        self.events.write("alarm", cycle=self.cycle, signal=alarm.kind, message=alarm.message, action=alarm.action)
+        return alarm if alarm.action in ("stop", "rollback") else None
+
+    def _roll_back(self, phase: Phase, alarm: Alarm) -> bool:
+        """Go on from the last checkpoint before the alarm's cause; returns whether to enter a phase anew.
+
+        What actions have changed stays changed, and is written down at once: whoever dies now does not forget it.
+        Without such a checkpoint the run stops where it is.
+        """
+        measures, gone = self.watch.measures, self.cycle
+        before = max(gone - self.recipe.monitor.lookback, self.plan.start(phase.index))
+        every = self.recipe.training.checkpoint_every
+
+        def fits(cycle: int) -> bool:
+            # Not one of a stop: a run that was stopped and resumed must end as if it had not been.
+            return cycle <= before and (cycle % every == 0 or cycle in self.plan.ends)
+
+        with self.session.latest(fits) as folder:
+            if folder is None:
+                message = f"{alarm.message} (no checkpoint of cycle {before} or earlier is kept to roll back to)"
+                self._alarm = replace(alarm, action="stop", message=message)
+                if ended := self.cycle == self.plan.ends[phase.index]:
+                    self.student.settle()
+                self._save(ended=ended)
+                return ended
+            fresh = self._load(folder, measures)
+        self._alarm = None
+        self._save()
+        self.events.write("rollback", cycle=self.cycle, since=gone, **asdict(measures))
+        return fresh
+
     def _restore(self) -> bool:
-        """Build the roles of the phase that the last checkpoint was in; returns whether to enter a phase anew."""
+        """Go on from the last checkpoint, if there is one; returns whether to enter a phase anew."""
         with self.session.latest() as folder:
             if folder is None:
+                self._address()
                 self.events.write("start", world=self.session.world)
                 return True
-            progress = checkpoint.read_progress(folder)
-            self.cycle = progress.cycle
-            self._enter(self.method.phases[progress.phase], {})
-            checkpoint.load(folder, self.state())
+            fresh = self._load(folder)
             self._written = (folder / STUDENT).is_dir()
-            self.events.write("resume", cycle=self.cycle, phase=progress.phase, world=self.session.world)
-            return self.cycle >= self.plan.ends[progress.phase] and self.cycle < self.plan.cycles
+            self.events.write("resume", cycle=self.cycle, world=self.session.world)
+            return fresh
+
+    def _load(self, folder: Path, measures: Measures | None = None) -> bool:
+        """Build the roles of a checkpoint's phase and fill them; returns whether to enter a phase anew."""
+        progress = checkpoint.read_progress(folder)
+        self.cycle = progress.cycle
+        self._enter(self.method.phases[progress.phase], {})
+        checkpoint.load(folder, self.state())
+        self.watch.restore(progress.monitor, measures)
+        self._address()
+        return self.cycle >= self.plan.ends[progress.phase] and self.cycle < self.plan.cycles
+
+    def _address(self) -> None:
+        """Make the streams of samples of this attempt: after a rollback the same draws would collapse again."""
+        training, m, now = self.recipe.training, self.recipe.monitor, self.watch.measures
+        most = training.fake_updates
+        if m.action in ("rollback", "raise_ratio"):
+            for _ in range(m.limit):
+                most = m.raised(most)
+        updates = ["student", *(f"fake.{k}" for k in range(max(most, now.fake_updates)))]
+        self.stream, self._warmup_stream = (
+            Stream(
+                self._conditions,
+                seed=self.recipe.seed + salt + (now.attempt << 32),
+                batch=training.batch,
+                slots={name: i for i, name in enumerate(slots)},
+                rank=self.session.rank,
+                world=self.session.world,
+                group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
+                device=self.session.device,
+            )
+            for salt, slots in (
+                (0, updates),
+                (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
+            )
+        )
 
     def _enter(self, phase: Phase, students: dict[str, Denoiser]) -> None:
         """Make the roles of a phase: its student experts go on, its fake score starts from the teacher."""
@@ -188,6 +252,7 @@ class Worker:
         routing = student_routing(recipe.method, self.routing)
         finished = tuple(e for p in m.phases[: phase.index] for e in p.student)
         needed = tuple(dict.fromkeys((*finished, *phase.student)))
+        self.watch.monitor.begin()
         self.fake = self.student = None  # type: ignore[assignment]  # their memory is needed for the next ones
         student = {e: students.get(e) or self._student_expert(e) for e in needed}
         self.student = self._role("student", student, phase.student, finished, training.student, routing)
@@ -242,14 +307,14 @@ class Worker:
             rewards=self.rewards,
             stream=self.stream,
             latent=self.family.shape().latent,
-            fake_updates=self.recipe.training.fake_updates,
+            fake_updates=self.watch.measures.fake_updates,
             progress=self.plan.progress,
             agree=self._agree,
         )
 
     def _warm_up(self, actors: Actors) -> None:
         warm = Actors(**{**vars(actors), "stream": self._warmup_stream})
-        self.fake.set_rate(self.plan.rate(self.cycle))
+        self.fake.set_rate(self.plan.rate(self.cycle) * self.watch.measures.rate)
         for k in range(self.recipe.training.fake_warmup):
             update_fake(warm, actors.phase.index, f"warmup.{k}")
 
@@ -259,12 +324,14 @@ class Worker:
         phase = len(self.method.phases) - 1 if student else self.plan.phase(self.cycle - 1)
         with tempfile.TemporaryDirectory(prefix="raydmd-") as temporary:
             folder = Path(temporary)
-            progress = checkpoint.Progress(cycle=self.cycle, phase=phase, recipe=self.recipe.to_yaml())
+            progress = checkpoint.Progress(
+                cycle=self.cycle, phase=phase, monitor=self.watch.state(), recipe=self.recipe.to_yaml()
+            )
             checkpoint.save(folder, self.state(), progress, rank=self.session.rank)
             if student:
                 write_student(folder / STUDENT, self.student, rank=self.session.rank)
             suffix = "-final" if student else "-phase" if ended else ""
-            self.session.report(done, folder, checkpoint.name_of(self.cycle) + suffix)
+            self.session.report(done, folder, checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix)
         self.events.write("checkpoint", cycle=self.cycle, phase=phase)
 
     def _stopping(self) -> bool:
@@ -275,7 +342,7 @@ class Worker:
             dist.broadcast(flag, src=0)
             asked = bool(flag)
         limit = self._stop_at is not None and self.cycle >= self._stop_at
-        return (asked or limit) and self.cycle < self.plan.cycles
+        return (asked or limit or self._alarm is not None) and self.cycle < self.plan.cycles
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error: one that raised alone would leave the others waiting."""

@@ -10,6 +10,7 @@ import pytest
 from raydmd.errors import InputError
 from raydmd.recipe import Recipe, combine, derive, known_keys, load, parse_override
 from raydmd.recipe_io import ALIASES, nearest
+from raydmd.recipe_monitor import SIGNALS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,6 +168,19 @@ def test_aliases_lead_to_keys() -> None:
         (["placement.teacher=local", "placement.teacher_gpus=1"], "teacher_gpus=1.0 does nothing"),
         (["method.normaliser=none", "method.normaliser_floor=0.1"], "does nothing with"),
         (["training.student.lora.targets=[]"], "at least 1"),
+        (["monitor.action=restart"], "'warn', 'stop', 'rollback', 'raise_ratio' or 'cut_rate'"),
+        (["monitor.spread=1"], "monitor.spread: .*greater than 1"),
+        (["monitor.cut=0.1"], "cut=0.1 does nothing with action=warn"),
+        (["monitor.action=stop", "monitor.limit=3"], "limit=3 does nothing with action=stop"),
+        (["monitor.action=cut_rate", "monitor.ratio=2"], "ratio=2.0 does nothing with action=cut_rate"),
+        (["monitor.action=raise_ratio", "monitor.cut=0.1"], "cut=0.1 does nothing with action=raise_ratio"),
+        (["monitor.action=cut_rate", "monitor.cut=1"], "factor of 1 changes nothing"),
+        (["monitor.action=raise_ratio", "monitor.ratio=1"], "factor of 1 changes nothing"),
+        (["monitor.diversity=null", "monitor.every=5"], "every=5 does nothing with diversity=null"),
+        (["monitor.action=stop", *(f"monitor.{k}=null" for k in SIGNALS)], "every limit is null"),
+        (["monitor.action=stop", "training.cycles=59"], "no alarm comes before 60 cycles"),
+        (["monitor.action=raise_ratio", "training.fake_updates=0"], "does nothing with training.fake_updates=0"),
+        (["monitor.action=rollback", "training.checkpoint_every=34"], "must be at least 35"),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:

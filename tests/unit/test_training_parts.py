@@ -121,6 +121,7 @@ def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_pat
     same_run(recipe, recipe.folder)
     (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml())
     same_run(derive(recipe, {"placement.workers": 2, "training.checkpoint_every": 7}), recipe.folder)
+    same_run(derive(recipe, {"monitor.action": "stop"}), recipe.folder)
     with pytest.raises(InputError, match=r"method.guidance: was 4.0, now 3.0"):
         same_run(derive(recipe, {"method.guidance": 3.0}), recipe.folder)
 
@@ -134,12 +135,16 @@ def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
         "phase": 0,
         "fake/loss": 0.5,
         "student/gradient": 0.25,
-        "student/x0_std": 2.0,
-        "teacher/x0_std": 1.0,
+        "monitor/alarm": 1,
+        "monitor/spread": 0.9,
+        "monitor/diversity": 1.4,
         "teacher/retries": 1,
         "time/teacher_wait": 1.0,
         "time/fake": 3.0,
     }
     line = progress_line(row, Recipe(), [(0.0, 10), (5.0, 20)])
-    for part in ("cycle 20/100", "2.00 cycles/s", "0.7 min left", "teacher wait 25%", "ALARM", "1 teacher retries"):
+    alarm = "ALARM diversity at 1.4 of its limit"
+    for part in ("cycle 20/100", "2.00 cycles/s", "0.7 min left", "teacher wait 25%", alarm, "1 teacher retries"):
         assert part in line
+    assert "spread" not in line
+    assert "ALARM" not in progress_line({**row, "monitor/alarm": 0}, Recipe(), [(0.0, 10), (5.0, 20)])

@@ -1,0 +1,240 @@
+"""The collapse monitor: fed with a row of metrics per cycle, it says when a run goes wrong and what to do. Pure.
+
+DMD's losses mean little, so the monitor watches what their failures look like (DMD2, arXiv:2405.14867, section
+4.2: brightness oscillates where the critic lags; Decoupled DMD: the spread of samples rises under CFG alone).
+Every signal is a *pressure*: what is measured over what is allowed, 1 at the limit. All ranks must feed equal rows,
+and then decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from raydmd.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from raydmd.recipe_monitor import Monitor as Settings
+
+Action = Literal["warn", "stop", "rollback", "raise_ratio", "cut_rate"]
+
+CLEAR = 0.8
+"""Pressure below which a raised alarm calms down; between it and 1 nothing changes."""
+
+BAND = "fake/error_"
+"""How the keys of the fake score's error by noise band begin."""
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something went wrong.
+
+    Attributes:
+        kind: the signal under the highest pressure, named like its limit in the recipe.
+        message: what is measured, of every signal that fired, and against what.
+        action: what to do about it.
+    """
+
+    kind: str
+    message: str
+    action: Action
+
+
+@dataclass
+class Memory:
+    """What the monitor remembers of a phase: plain numbers, which JSON keeps exactly.
+
+    Attributes:
+        rows: seen in this phase.
+        recent: the last values of each metric, oldest first.
+        start: level of each metric when the phase had settled.
+        best: lowest level of each noise band's error since then.
+        streak: rows in a row over the limit, by kind.
+        calm: rows in a row below :data:`CLEAR`, by raised kind.
+        raised: rows since it last fired, by raised kind.
+    """
+
+    rows: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    streak: dict[str, int] = field(default_factory=dict)
+    calm: dict[str, int] = field(default_factory=dict)
+    raised: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the actions so far have changed; outlives phases and rollbacks.
+
+    Attributes:
+        fake_updates: per student update.
+        rate: factor on both roles' rates.
+        actions: taken so far.
+        attempt: rollbacks so far; salts the stream's seed, since the same draws would collapse again.
+    """
+
+    fake_updates: int
+    rate: float = 1.0
+    actions: int = 0
+    attempt: int = 0
+
+    def after(self, action: Action, settings: Settings) -> Measures:
+        """The measures once an action is taken; ``warn`` and ``stop`` change nothing."""
+        if action in ("warn", "stop"):
+            return self
+        back = action == "rollback"
+        return replace(
+            self,
+            fake_updates=settings.raised(self.fake_updates) if back or action == "raise_ratio" else self.fake_updates,
+            rate=self.rate * settings.cut if back or action == "cut_rate" else self.rate,
+            actions=self.actions + 1,
+            attempt=self.attempt + back,
+        )
+
+
+class Monitor:
+    """Watches one run.
+
+    An alarm needs ``patience`` rows over its limit in a row, in a phase that has settled. It stays raised, and
+    silent, until it was calm for as many rows; one that stays over its limit fires again after ``settle`` rows.
+
+    Args:
+        settings: limits and actions.
+        fake_updates: per student update, before any action.
+
+    Attributes:
+        memory: of this phase; replaced to restore.
+        measures: what actions have changed; replaced to restore.
+        pressures: of the last row, by kind; not needed to resume.
+    """
+
+    def __init__(self, settings: Settings, fake_updates: int) -> None:
+        self._settings = settings
+        self.memory = Memory()
+        self.measures = Measures(fake_updates)
+        self.pressures: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Forget the last phase."""
+        self.memory, self.pressures = Memory(), {}
+
+    def see(self, row: Mapping[str, float]) -> Alarm | None:
+        """Take in one cycle's metrics, equal on all ranks.
+
+        Args:
+            row: ``student/gradient``, ``student/x0_mean``, ``student/x0_std``, ``student/saturation``,
+                ``student/diversity``, ``teacher/x0_std`` and ``fake/error_*``, each where it was measured.
+
+        Returns:
+            What fired, if anything; its action is counted in :attr:`measures` already.
+
+        Raises:
+            NonFiniteError: if a metric is not finite.
+        """
+        self._remember(row)
+        if self.memory.rows < self._settings.settle:
+            return None
+        measured = self._measured()
+        self.pressures = {kind: pressure for kind, (pressure, _) in measured.items()}
+        fired = [kind for kind, pressure in self.pressures.items() if self._fires(kind, pressure)]
+        if not fired:
+            return None
+        return self._alarm(max(fired, key=self.pressures.__getitem__), "; ".join(measured[k][1] for k in fired))
+
+    def _alarm(self, kind: str, message: str) -> Alarm:
+        s, action = self._settings, self._settings.action
+        if action not in ("warn", "stop") and self.measures.actions >= s.limit:
+            action, message = "stop", f"{message} (after monitor.limit={s.limit} actions)"
+        if action == "stop":
+            # A resumed run gets as many rows again: it goes on if things are well by then.
+            self.memory.streak, self.memory.calm, self.memory.raised = {}, {}, {}
+        self.measures = self.measures.after(action, s)
+        return Alarm(kind, message, action)
+
+    def _remember(self, row: Mapping[str, float]) -> None:
+        m, s = self.memory, self._settings
+        for key, value in row.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"metric {key} is {value}; the last checkpoint is kept")
+            m.recent[key] = [*m.recent.get(key, []), value][-self._length(key) :]
+        m.rows += 1
+        if m.rows < s.settle:
+            return
+        for key, values in m.recent.items():
+            # Measured too seldom to have a level yet: its start comes later.
+            if key not in m.start and (key != "student/diversity" or len(values) == s.probes):
+                m.start[key] = median(values)
+            if key.startswith(BAND) and len(values) == s.window:
+                m.best[key] = min(m.best.get(key, math.inf), median(values))
+
+    def _length(self, key: str) -> int:
+        s = self._settings
+        # A gradient is held against its own median, which must not follow a spike before the spike can fire.
+        return {"student/diversity": s.probes, "student/gradient": max(s.settle, 2 * s.patience + 1)}.get(key, s.window)
+
+    def _measured(self) -> dict[str, tuple[float, str]]:
+        """Pressure and words by kind, of the signals that are on and have been measured."""
+        s, m = self._settings, self.memory
+        now = {key: median(values) for key, values in m.recent.items()}
+        found: dict[str, tuple[float, str]] = {}
+        gradients = m.recent.get("student/gradient", [])
+        if s.gradient is not None and len(gradients) > 1:
+            times = gradients[-1] / max(median(gradients[:-1]), TINY)
+            found["gradient"] = times / s.gradient, f"the student's gradient is {times:.1f} of its median"
+        lags = {key.removeprefix(BAND): now[key] / max(best, TINY) for key, best in m.best.items()}
+        if s.fake_error is not None and lags:
+            band = max(lags, key=lags.__getitem__)
+            words = f"the fake score's error at noise {band} is {lags[band]:.2f} of its best"
+            found["fake_error"] = lags[band] / s.fake_error, words
+        if s.critic_lag is not None and lags:
+            lag = math.exp(sum(math.log(max(v, TINY)) for v in lags.values()) / len(lags))
+            found["critic_lag"] = lag / s.critic_lag, f"the fake score lags: its error is {lag:.2f} of its best"
+        if m.start.keys() >= {"student/x0_mean", "student/x0_std", "teacher/x0_std"}:
+            found |= self._looks(now)
+        if s.saturation is not None and "student/saturation" in m.start:
+            rise = now["student/saturation"] - m.start["student/saturation"]
+            found["saturation"] = rise / s.saturation, f"{rise:.1%} more of the latents are saturated than at the start"
+        if s.diversity is not None and "student/diversity" in m.start:
+            share = max(now["student/diversity"], TINY) / max(m.start["student/diversity"], TINY)
+            found["diversity"] = s.diversity / share, f"samples of one prompt lie {share:.2f} as far apart as at first"
+        return found
+
+    def _looks(self, now: Mapping[str, float]) -> dict[str, tuple[float, str]]:
+        """Brightness, and the spread against the teacher's and against its own at the start."""
+        s, start = self._settings, self.memory.start
+        found: dict[str, tuple[float, str]] = {}
+        if s.brightness is not None:
+            drift = (now["student/x0_mean"] - start["student/x0_mean"]) / max(start["teacher/x0_std"], TINY)
+            words = f"brightness drifted by {drift:+.2f} of the teacher's spread"
+            found["brightness"] = abs(drift) / s.brightness, words
+        std = max(now["student/x0_std"], TINY)
+        for kind, limit, reference, whose in (
+            ("spread", s.spread, now["teacher/x0_std"], "the teacher's"),
+            ("contrast", s.contrast, start["student/x0_std"], "its own at the start"),
+        ):
+            if limit is not None:
+                ratio = std / max(reference, TINY)
+                found[kind] = max(ratio, 1 / ratio) / limit, f"the student's spread is {ratio:.2f} of {whose}"
+        return found
+
+    def _fires(self, kind: str, pressure: float) -> bool:
+        m, s = self.memory, self._settings
+        m.streak[kind] = m.streak.get(kind, 0) + 1 if pressure > 1 else 0
+        persists = m.streak[kind] >= s.patience
+        if kind in m.raised:
+            m.raised[kind] += 1
+            m.calm[kind] = m.calm.get(kind, 0) + 1 if pressure < CLEAR else 0
+            if m.calm[kind] >= s.patience:
+                del m.raised[kind], m.calm[kind]
+                return False
+            persists = persists and m.raised[kind] >= s.settle
+        if persists:
+            m.raised[kind] = 0
+        return persists
