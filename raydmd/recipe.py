@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
