@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raydmd.recipe import SIGNALS
+from raydmd.recipe_monitor import SIGNALS
 from raydmd.training.events import read_from
 
 if TYPE_CHECKING:
