@@ -65,9 +65,9 @@ class Worker:
     Args:
         job: what to do.
         teacher: asks the frozen teacher, here or elsewhere.
-        rewards: asks the reward models, where the method adapts to them.
         session: ranks, reports and checkpoints.
         events: what happened, for people and for tests.
+        rewards: asks the reward models, where the method adapts to them.
     """
 
     def __init__(
