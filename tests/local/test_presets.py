@@ -89,9 +89,10 @@ def test_samples_of_a_group_share_a_prompt_and_nothing_else(tmp_path):
     family = load_family(r.model)
     table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
-    worker = Worker(
-        Job(recipe=r, family=family, conditions=table), teacher, FolderSession(r.folder), EventLog(r.folder / "e")
-    )
+    rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu"))
+    job = Job(recipe=r, family=family, conditions=table)
+    worker = Worker(job, teacher, FolderSession(r.folder), EventLog(r.folder / "events.jsonl"), rewards)
+    assert worker.run() == "finished"
     batch = worker.stream.batch(0, "student")
     assert batch.conditions[0] == batch.conditions[1] != batch.conditions[2] == batch.conditions[3]
     noise = batch.draws.normal("noise", (3,))
