@@ -33,8 +33,8 @@ Schedule = Literal["coupled", "full", "constrained", "hybrid"]
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv:2405.14867: backward simulation with fresh noise between the steps
     "dmd2": {"solver": "renoise"},
-    # arXiv:2510.27684: an expert per phase, matched where the phase ends
-    "phased": {"boundaries": (0.875,)},
+    # arXiv:2510.27684: an expert per phase, matched where the phase ends; its gradient (eq. 10) has no normaliser
+    "phased": {"boundaries": (0.875,), "normaliser": "none"},
     # arXiv:2511.22677: guidance taken out of distribution matching, each at noise levels of its own
     "decoupled": {"solver": "renoise", "decouple": {}},
     # arXiv:2602.07345: decoupled, the two weighed per sample by a reward
@@ -173,7 +173,7 @@ class Method(Section):
     x0 (DMD2), or deterministic Euler."""
     normaliser: Literal["distance", "noisy_distance", "none"] = "distance"
     """``distance``: over the sample's mean ``|x - D_real|`` (DMD2). ``noisy_distance``: ``|x_t - D_real|`` (DP-DMD's
-    code). ``none``: the score difference itself (Phased DMD's equations)."""
+    code). ``none``: the score difference itself (Phased DMD's equations), which weighs low noise more."""
     normaliser_floor: NonNegative = FLOOR
     fake_weight_cap: Positive = CAP
     """Cap on ``1 / sigma_{t|s}^2`` in the fake score's loss (Phased DMD, eq. 13)."""

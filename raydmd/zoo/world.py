@@ -15,7 +15,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -141,7 +141,9 @@ class World:
         FileNotFoundError: if the data set is absent; says how to get it.
     """
 
-    def __init__(self, folder: Path = Path("/usr/share/datasets/fashion-mnist"), split: str = "train") -> None:
+    def __init__(
+        self, folder: Path = Path("/usr/share/datasets/fashion-mnist"), split: Literal["train", "t10k"] = "train"
+    ) -> None:
         images, labels = (folder / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
         if not images.is_file() or not labels.is_file():
             raise FileNotFoundError(
