@@ -25,6 +25,8 @@ from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from raydmd.recipe_gan import Gan
+
 
 class Model(Section):
     """The teacher and the shape of its samples."""
@@ -173,6 +175,20 @@ class Evaluation(Section):
     """Seconds that export and evaluation may take."""
 
 
+def _gan_can_train(gan: Gan | None, training: Training) -> None:
+    if gan is None:
+        return
+    if not training.fake_updates:
+        raise ValueError("method.gan needs training.fake_updates: its discriminator learns in the fake score's updates")
+    if training.sharding == "fsdp":
+        raise ValueError("method.gan can't be sharded yet; use training.sharding=ddp or leave gan out")
+    if training.gradient_checkpointing and gan.r1 and gan.r1.kind == "exact":
+        raise ValueError(
+            "method.gan.r1.kind=exact differentiates twice, which training.gradient_checkpointing does not allow; "
+            "use kind=approximate"
+        )
+
+
 def _monitor_can_act(m: Monitor, training: Training) -> None:
     if m.action == "warn":
         return
@@ -226,6 +242,7 @@ class Recipe(Section):
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
+        _gan_can_train(self.method.gan, self.training)
         _monitor_can_act(self.monitor, self.training)
         return self
 
