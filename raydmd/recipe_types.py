@@ -38,7 +38,7 @@ Weight = NonNegative | Ramp
 
 
 class Balance(Section):
-    """A weight that sets itself in every update: the term's gradient is ``balance`` times as strong as the score term's.
+    """A weight that sets itself in every update: a gradient ``balance`` times as strong as the score term's.
 
     Gradients are compared where the term meets the student's output, over all samples of the update, see
     :mod:`raydmd.methods.weighing`.

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from raydmd.data.media import Kind
 
 
-def read_captions(kind: Kind, files: Sequence[Path], counts: Sequence[int], root: Path, listed: Path | None) -> list[str]:
+def read_captions(
+    kind: Kind, files: Sequence[Path], counts: Sequence[int], root: Path, listed: Path | None
+) -> list[str]:
     """A caption per sample, in the order of files; empty where there is none.
 
     Args:
@@ -28,7 +30,7 @@ def read_captions(kind: Kind, files: Sequence[Path], counts: Sequence[int], root
     """
     if listed is not None:
         if kind == "latents":
-            raise InputError("method.gan.captions names images or videos; latents have a .txt beside them, a line a sample")
+            raise InputError("method.gan.captions names images or videos; latents take a .txt beside each file")
         return _listed(listed, files, root if root.is_dir() else root.parent)
     found = []
     for file, count in zip(files, counts, strict=True):
@@ -38,7 +40,7 @@ def read_captions(kind: Kind, files: Sequence[Path], counts: Sequence[int], root
         elif kind == "latents":
             lines = _text(sidecar).splitlines()
             if len(lines) != count:
-                raise InputError(f"method.gan.data: {sidecar} has {len(lines)} lines for {count} latents in {file.name}")
+                raise InputError(f"method.gan.data: {sidecar} has {len(lines)} lines for {count} samples")
             found += [line.strip() for line in lines]
         else:
             found.append(" ".join(_text(sidecar).split()))

@@ -61,12 +61,14 @@ def check(kind: Kind, files: Sequence[Path], shape: Shape) -> list[int]:
             f"method.gan.data holds images, but samples are clips of {shape.frames} frames; give videos or latents"
         )
     counts, bad = [], []
-    look: Callable[[Path, Shape], int] = {"image": _look_at_image, "video": _look_at_video, "latents": _look_at_latents}[
-        kind
-    ]
+    looks: dict[Kind, Callable[[Path, Shape], int]] = {
+        "image": _look_at_image,
+        "video": _look_at_video,
+        "latents": _look_at_latents,
+    }
     for file in files:
         try:
-            counts.append(look(file, shape))
+            counts.append(looks[kind](file, shape))
         except ValueError as error:
             bad.append(f"{file} ({error})")
     if bad:

@@ -18,13 +18,12 @@ from torch import Tensor
 from raydmd.data.captions import read_captions
 from raydmd.data.media import LATENTS, Kind, check, find, pixels
 from raydmd.models import load_conditions
-from raydmd.models.base import Conditions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.draws import Draws
-    from raydmd.models.base import Family, Shape
+    from raydmd.models.base import Conditions, Family, Shape
     from raydmd.recipe import Model
     from raydmd.recipe_gan import Gan
 
@@ -169,9 +168,7 @@ def _encoded(source: Source, model: Model, family: Family, cache: Path, say: Cal
         if file.is_file():
             continue
         say(f"encoding real samples {start + 1}..{start + len(part)} of {len(source.files)} ...")
-        rows = [
-            family.encode_pixels(pixels(source.kind, f, shape)[None].to(device)).cpu().contiguous() for f in part
-        ]
+        rows = [family.encode_pixels(pixels(source.kind, f, shape)[None].to(device)).cpu().contiguous() for f in part]
         partial = file.with_suffix(f".{os.getpid()}.partial")
         save_file({LATENTS: torch.cat(rows)}, partial)
         partial.replace(file)

@@ -1,8 +1,8 @@
 """The adversarial term: a discriminator on the fake network's features, at noise levels of its own.
 
 DMD2, arXiv:2405.14867, section 4.3. What is judged are noised samples, real and generated at levels drawn apart, all
-within the range in which the fake score trains. Where a phase's samples lie at a level ``s > 0`` (Phased DMD), real ones
-are brought to ``s`` first and carried on by the same kernel.
+within the range in which the fake score trains. Where a phase's samples lie at a level ``s > 0`` (Phased DMD), real
+ones are brought to ``s`` first and carried on by the same kernel.
 """
 
 from __future__ import annotations

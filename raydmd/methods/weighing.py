@@ -69,5 +69,5 @@ def total(loss: Tensor, terms: Iterable[Term], progress: float, score: Tensor, m
 
 
 def _strength(gradient: Tensor, mean: Mean) -> Tensor:
-    """Root mean square over all values of all ranks, a scalar; of per-sample gradients, so batches may differ in size."""
+    """Root mean square over all values of all ranks, a scalar; per-sample gradients, so batches may differ in size."""
     return mean(gradient.detach().square().mean()).sqrt()

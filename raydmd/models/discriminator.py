@@ -135,9 +135,7 @@ def taken(denoiser: Denoiser, depths: Sequence[float]) -> Iterator[list[Tensor]]
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
         features.append(output)
 
-    handles = [
-        denoiser.blocks[i].register_forward_hook(keep) for i in listened(len(denoiser.blocks), depths)
-    ]
+    handles = [denoiser.blocks[i].register_forward_hook(keep) for i in listened(len(denoiser.blocks), depths)]
     try:
         yield features
     finally:

@@ -47,8 +47,8 @@ def approximate_r1(logits: Tensor, moved: Tensor, *, sigma: float) -> Tensor:
     """:func:`exact_r1` from a finite difference along random noise, for large networks.
 
     Seaweed-APT's approximated R1 (Lin et al., arXiv:2501.08316): ``|D(x) - D(x + sigma n)|^2``, here over
-    ``2 sigma^2``, so that it tends to the exact penalty as sigma tends to 0 and one weight means the same for both. That
-    paper's weight ``lambda`` on the plain difference is a weight of ``2 lambda sigma^2`` here.
+    ``2 sigma^2``, so that its mean tends to the exact penalty as sigma tends to 0 and one weight means the same for
+    both. That paper's weight ``lambda`` on the plain difference is a weight of ``2 lambda sigma^2`` here.
 
     Args:
         logits: of real samples ``x``, ``(B,)``.
