@@ -180,11 +180,11 @@ def _gan_can_train(gan: Gan | None, training: Training) -> None:
         return
     if not training.fake_updates:
         raise ValueError("method.gan needs training.fake_updates: its discriminator learns in the fake score's updates")
-    if training.sharding == "fsdp":
-        raise ValueError("method.gan can't be sharded yet; use training.sharding=ddp or leave gan out")
-    if training.gradient_checkpointing and gan.r1 and gan.r1.kind == "exact":
+    sharded = "sharding=fsdp" if training.sharding == "fsdp" else None
+    obstacle = "gradient_checkpointing" if training.gradient_checkpointing else sharded
+    if obstacle and gan.r1 and gan.r1.kind == "exact":
         raise ValueError(
-            "method.gan.r1.kind=exact differentiates twice, which training.gradient_checkpointing does not allow; "
+            f"method.gan.r1.kind=exact differentiates twice, which training.{obstacle} does not allow; "
             "use kind=approximate"
         )
 

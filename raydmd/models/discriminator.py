@@ -89,9 +89,8 @@ class Discriminator:
         name = self.expert(t)
         exact = sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext()
         with exact, taken(self._denoisers[name], self._depths) as features:
-            self.experts.raw(x_t, t, cond)
-        logits: Tensor = self._heads[name](features)
-        return logits
+            out = self.experts.raw(x_t, t, cond)
+        return _with(self._heads[name](features), out)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -110,9 +109,13 @@ class Discriminator:
         """Logits ``(B,)`` with gradient to ``x_t`` alone; to be differentiated within :meth:`frozen`."""
         name = self.expert(t)
         with taken(self._denoisers[name], self._depths) as features:
-            self._denoisers[name](x_t, t, cond)
-        logits: Tensor = self._bare[name](features)
-        return logits
+            out = self._denoisers[name](x_t, t, cond)
+        return _with(self._bare[name](features), out)
+
+
+def _with(logits: Tensor, out: Tensor) -> Tensor:
+    """The logits, with a gradient of zero to the network's output: FSDP gathers what a backward pass needs there."""
+    return logits + 0 * out.flatten(1).sum(1)
 
 
 def make_head(denoiser: Denoiser, depths: Sequence[float], *, seed: int) -> Head:

@@ -42,7 +42,7 @@ class TrainedRole:
         prediction: what the networks predict.
         sharding: ``ddp`` or ``fsdp``; ignored by a single process.
         precision: of FSDP's gathered parameters.
-        heads: modules that learn with the experts of their names and are kept with them, on the device; not for FSDP.
+        heads: modules that learn with the experts of their names and are kept with them, on the device.
         head_rate: of the heads; default: the role's.
     """
 
@@ -75,6 +75,8 @@ class TrainedRole:
             for denoiser in experts.values():
                 if not isinstance(denoiser.network, FSDPModule):  # experts of earlier phases come sharded
                     _shard(denoiser, precision)
+            for head in self.bare_heads.values():
+                fully_shard(head, reshard_after_forward=True)
         self.parameters = {
             f"{e}.{n}": p for e in trained for n, p in experts[e].network.named_parameters() if p.requires_grad
         }
@@ -155,8 +157,8 @@ class TrainedRole:
 
     def reshard(self) -> None:
         """Free what FSDP has gathered, so that parameters are the fp32 masters again."""
-        for denoiser in self.denoisers.values():
-            for module in denoiser.network.modules():
+        for root in (*(d.network for d in self.denoisers.values()), *self.bare_heads.values()):
+            for module in root.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 

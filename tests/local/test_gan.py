@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from torch.distributed.tensor import DTensor
 
 from raydmd.data.media import pixels
 from raydmd.data.real import EMPTY, SHARD, RealData, inspect, load_real, prepare
@@ -31,13 +32,14 @@ from raydmd.serving.local import LocalClient
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
+from tests.local.test_fsdp import FSDP, group
 from tests.local.test_worker import PROMPTS, SIZE, recipe, two_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.local
-__all__ = ["two_experts"]
+__all__ = ["group", "two_experts"]
 LATENT = (16, 2, 4, 4)
 CLIP = Shape(latent=LATENT, frames=5, height=32, width=32)
 PICTURE = Shape(latent=(16, 1, 4, 4), frames=1, height=32, width=32)
@@ -109,12 +111,30 @@ def test_a_run_with_a_gan_resumes_bit_identical(two_experts, tmp_path, method, t
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
     rows = [row for row in whole.session.reports if "gan/critic" in row]
-    assert len(rows) == 6
+    assert len(rows) == r.training.cycles
     assert all("gan/r1" in row for row in rows)
     start = build(derive(r, {"name": "start"}))
     start._enter(start.method.phases[-1], {})
     before = {k: v.clone() for k, v in start.fake.tensors().items() if k in theirs and ".optimizer." not in k}
     assert any(".head." in k and not torch.equal(before[k], theirs[k]) for k in before)
+
+
+def test_a_sharded_run_with_a_gan_resumes_bit_identical(group, two_experts, tmp_path):
+    write_latents(tmp_path / "data" / "a.safetensors")
+    changes = {"method.gan": gan(tmp_path / "data", r1={}), "training": {**FSDP, "cycles": 4}}
+    whole = build(recipe(two_experts, tmp_path / "whole", **changes))
+    assert whole.run() == "finished"
+    r = recipe(two_experts, tmp_path / "parts", **changes)
+    assert build(r, 1).run() == "stopped"
+    assert build(r, 3).run() == "stopped"
+    parts = build(r)
+    assert parts.run() == "finished"
+    ours, theirs = parts.state(), whole.state()
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if not key.endswith(("step", "updates")):
+            assert isinstance(value, DTensor), key
+            assert torch.equal(value.full_tensor(), ours[key].full_tensor()), key
 
 
 def test_a_gan_moves_student_and_fake_elsewhere_and_without_it_nothing_changes(two_experts, tmp_path):
@@ -168,14 +188,16 @@ def one_of_two(rank: int, port: int, r: Recipe) -> None:
     r.folder.mkdir(parents=True, exist_ok=True)
     worker = build(r, session=TwoRanks(r.folder, rank))
     assert worker.run() == "finished"
-    torch.save({k: v.clone() for k, v in worker.state().items()}, r.folder / f"rank{rank}.pt")
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in worker.state().items()}
+    torch.save({k: v.clone() for k, v in state.items()}, r.folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_train_what_one_does(two_experts, tmp_path):
+@pytest.mark.parametrize(("sharding", "r1"), [("ddp", "exact"), ("fsdp", "approximate")])
+def test_two_ranks_train_what_one_does(two_experts, tmp_path, sharding, r1):
     write_latents(tmp_path / "data" / "a.safetensors")
-    settings = gan(tmp_path / "data", weight={"balance": 0.5}, r1={"kind": "exact"})
-    training = {"cycles": 2, "ema": 0.0}
+    settings = gan(tmp_path / "data", weight={"balance": 0.5}, r1={"kind": r1})
+    training = {"cycles": 2, "ema": 0.0, "sharding": sharding, "gradient_checkpointing": sharding == "fsdp"}
     method = {"name": "phased", "gan": settings}
     one = build(recipe(two_experts, tmp_path / "one", method=method, training=training))
     assert one.run() == "finished"

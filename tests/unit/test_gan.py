@@ -344,7 +344,7 @@ def test_any_auxiliary_term_can_be_balanced(settings):
         ({"method.gan.r1": {"kind": "exact", "sigma": 0.1}}, "sigma=0.1 does nothing"),
         ({"method.gan.depths": [0.0]}, "depths"),
         ({"training.fake_updates": 0}, r"needs training\.fake_updates"),
-        ({"training.sharding": "fsdp"}, r"use training\.sharding=ddp"),
+        ({"training.sharding": "fsdp", "method.gan.r1.kind": "exact"}, r"sharding=fsdp does not allow"),
         ({"training.gradient_checkpointing": True, "method.gan.r1.kind": "exact"}, "kind=approximate"),
         ({"method.gan.critic": 1}, r"unknown recipe key 'method\.gan\.critic'"),
     ],
