@@ -49,7 +49,7 @@ def write_video(file: Path, frames: int = 6, size: int = 32) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 8, (size, size))
     for k in range(frames):
-        writer.write(np.full((size, size, 3), 40 * k, np.uint8))
+        writer.write(np.full((size, size, 3), min(40 * k, 255), np.uint8))
     writer.release()
     return file
 
