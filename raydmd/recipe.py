@@ -44,7 +44,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Prompts. Distillation is data-free otherwise."""
+    """Prompts. Distillation is data-free otherwise, but for ``method.gan``."""
 
     prompts: Path | None = None
     """A text file, one prompt a line; default: the zoo's own."""
