@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from raydmd.recipe_types import Positive, Section, TermWeight, Weight, ever_positive
 
-SIGMA = 0.01
+SIGMA = 0.1
 
 
 class R1(Section):
@@ -21,7 +21,7 @@ class R1(Section):
     weight: Positive = 1.0
     """Gamma, within the discriminator's loss and so under ``critic_weight`` too."""
     sigma: Positive = SIGMA
-    """Step of the finite difference, in units of the latent."""
+    """Step of the finite difference, in units of the latent: small steps drown in a deep bf16 network's rounding."""
 
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> Self:

@@ -341,7 +341,7 @@ def test_any_auxiliary_term_can_be_balanced(settings):
         ({"method.gan.critic_weight": 0}, "untrained"),
         ({"method.gan.critic_weight": {"balance": 1}}, "critic_weight"),
         ({"method.guidance": {"balance": 1}}, "guidance"),
-        ({"method.gan.r1": {"kind": "exact", "sigma": 0.1}}, "sigma=0.1 does nothing"),
+        ({"method.gan.r1": {"kind": "exact", "sigma": 0.2}}, "sigma=0.2 does nothing"),
         ({"method.gan.depths": [0.0]}, "depths"),
         ({"training.fake_updates": 0}, r"needs training\.fake_updates"),
         ({"training.sharding": "fsdp", "method.gan.r1.kind": "exact"}, r"sharding=fsdp does not allow"),
