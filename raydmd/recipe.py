@@ -25,6 +25,8 @@ from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from raydmd.recipe_gan import Gan
+
 
 class Model(Section):
     """The teacher and the shape of its samples."""
@@ -42,7 +44,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Prompts. Distillation is data-free otherwise."""
+    """Prompts. Distillation is data-free otherwise, but for ``method.gan``."""
 
     prompts: Path | None = None
     """A text file, one prompt a line; default: the zoo's own."""
@@ -173,6 +175,20 @@ class Evaluation(Section):
     """Seconds that export and evaluation may take."""
 
 
+def _gan_can_train(gan: Gan | None, training: Training) -> None:
+    if gan is None:
+        return
+    if not training.fake_updates:
+        raise ValueError("method.gan needs training.fake_updates: its discriminator learns in the fake score's updates")
+    sharded = "sharding=fsdp" if training.sharding == "fsdp" else None
+    obstacle = "gradient_checkpointing" if training.gradient_checkpointing else sharded
+    if obstacle and gan.r1 and gan.r1.kind == "exact":
+        raise ValueError(
+            f"method.gan.r1.kind=exact differentiates twice, which training.{obstacle} does not allow; "
+            "use kind=approximate"
+        )
+
+
 def _monitor_can_act(m: Monitor, training: Training) -> None:
     if m.action == "warn":
         return
@@ -226,6 +242,7 @@ class Recipe(Section):
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
+        _gan_can_train(self.method.gan, self.training)
         _monitor_can_act(self.monitor, self.training)
         return self
 

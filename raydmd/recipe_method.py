@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from raydmd.process import step_grid
+from raydmd.recipe_gan import Gan
 from raydmd.recipe_types import (
     Count,
     Finite,
@@ -19,6 +20,7 @@ from raydmd.recipe_types import (
     NonNegative,
     Positive,
     Section,
+    TermWeight,
     Times,
     Weight,
     Word,
@@ -77,7 +79,7 @@ class Anchor(Section):
     """K, the teacher's steps that are followed."""
     of: Count = 30
     """The teacher's steps from noise to clean."""
-    weight: Weight = 0.05
+    weight: TermWeight = 0.05
     guidance: NonNegative | None = None
     """Of the teacher's walk; default: ``method.guidance``."""
     shift: Positive | None = None
@@ -95,7 +97,7 @@ class Anchor(Section):
 class Moments(Section):
     """Decoupled DMD's mean-variance regulariser, a weak stand-in for distribution matching in its ablation."""
 
-    weight: Weight = 1.0
+    weight: TermWeight = 1.0
     mean: float = 0.0
     """Of a latent; the paper has 0.075 for SDXL."""
     variance: Positive = 1.0
@@ -183,6 +185,7 @@ class Method(Section):
     anchor: Anchor | None = None
     moments: Moments | None = None
     adapt: Adapt | None = None
+    gan: Gan | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,6 +37,26 @@ Weight = NonNegative | Ramp
 """A weight, constant or moving."""
 
 
+class Balance(Section):
+    """A weight that sets itself in every update: a gradient ``balance`` times as strong as the score term's.
+
+    Gradients are compared where the term meets the student's output, over all samples of the update, see
+    :mod:`raydmd.methods.weighing`.
+    """
+
+    balance: Positive | Ramp
+
+    @model_validator(mode="after")
+    def _not_idle(self) -> Self:
+        if not ever_positive(self):
+            raise ValueError("balance=0 switches the term off; leave the term out")
+        return self
+
+
+TermWeight = Weight | Balance
+"""A weight of a term beside the score term."""
+
+
 def value_at(weight: float | Ramp, progress: float) -> float:
     """The weight after a share ``progress`` in [0, 1] of a phase."""
     if isinstance(weight, Ramp):
@@ -45,8 +65,10 @@ def value_at(weight: float | Ramp, progress: float) -> float:
     return weight
 
 
-def ever_positive(weight: float | Ramp) -> bool:
+def ever_positive(weight: float | Ramp | Balance) -> bool:
     """Whether the weight is above zero at any time."""
+    if isinstance(weight, Balance):
+        weight = weight.balance
     return max(weight.start, weight.end) > 0 if isinstance(weight, Ramp) else weight > 0
 
 

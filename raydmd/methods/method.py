@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from raydmd.methods.terms import Answer, Query, ScoreTerm, Weights
+from raydmd.methods.weighing import Mean, Term, alone, total
 from raydmd.objectives.auxiliary import anchor_loss, anchor_target, moments_loss
 from raydmd.objectives.decoupled import adapted_weights, advantage, sharpening_weights
 from raydmd.objectives.fake import regression, subinterval_target, subinterval_weight
 from raydmd.objectives.matching import surrogate
-from raydmd.recipe_types import Ramp, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raydmd.methods.rollout import Rollout, Sample
     from raydmd.models.base import Experts
     from raydmd.process import Prediction, Process
+    from raydmd.recipe_types import Balance, Ramp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +59,32 @@ class AnchorTerm:
     level: float
     straight: bool
     guidance: Guidance
-    weight: float | Ramp
+    weight: float | Ramp | Balance
 
     def walk(self, sample: Sample) -> Walk:
         """What the teacher is asked."""
         return Walk(noise=sample.noise, grid=self.grid, guidance=self.guidance)
 
-    def loss(self, sample: Sample, walked: Tensor, progress: float) -> Tensor:
-        """The weighted loss of the first step, a scalar."""
+    def term(self, sample: Sample, walked: Tensor) -> Term:
+        """The loss of the first step."""
         if sample.first is None:
             raise ValueError("the rollout has not kept its first step for the anchor")
         target = anchor_target(sample.noise, walked, self.level) if self.straight else walked
-        return value_at(self.weight, progress) * anchor_loss(sample.first, target)
+        return Term(loss=anchor_loss(sample.first, target), at=sample.first, weight=self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsTerm:
     """The mean-variance regulariser, see :func:`raydmd.objectives.auxiliary.moments_loss`."""
 
-    weight: float | Ramp
+    weight: float | Ramp | Balance
     mean: float
     variance: float
 
-    def loss(self, sample: Sample, progress: float) -> Tensor:
-        """The weighted loss, a scalar."""
-        return value_at(self.weight, progress) * moments_loss(sample.x, mean=self.mean, variance=self.variance)
+    def term(self, sample: Sample) -> Term:
+        """The loss of a clean sample."""
+        loss = moments_loss(sample.x, mean=self.mean, variance=self.variance)
+        return Term(loss=loss, at=sample.x, weight=self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,8 @@ class Method:
         *,
         walked: Tensor | None = None,
         rewards: Tensor | None = None,
+        others: Sequence[Term] = (),
+        mean: Mean = alone,
     ) -> Tensor:
         """The student's loss, from the answers to its own sample's questions.
 
@@ -190,15 +194,14 @@ class Method:
             progress: share of the phase that is done.
             walked: the answer to :meth:`walk`.
             rewards: of the samples, ``(B,)``, where the method adapts to them.
+            others: terms that need more than a sample, e.g. a discriminator's.
+            mean: of a scalar over all ranks, for terms that are balanced.
         """
         weights = self.adaptation.score_weights(rewards) if self.adaptation and rewards is not None else None
         with torch.no_grad():
             gradient = self.score.gradient(
                 sample, queries, answers, lambda q: fake.x0(q.x_t, q.t, cond), weights, progress
             )
-        loss = surrogate(sample.x, gradient)
-        if self.anchor and walked is not None:
-            loss = loss + self.anchor.loss(sample, walked, progress)
-        if self.moments:
-            loss = loss + self.moments.loss(sample, progress)
-        return loss
+        terms = [self.anchor.term(sample, walked)] if self.anchor and walked is not None else []
+        terms += [self.moments.term(sample)] if self.moments else []
+        return total(surrogate(sample.x, gradient), (*terms, *others), progress, gradient, mean)

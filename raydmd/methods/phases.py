@@ -60,6 +60,17 @@ class TimeRange:
         """The experts whose times can be drawn."""
         return tuple(expert for expert, _, _ in self.parts)
 
+    def only(self, expert: str) -> TimeRange:
+        """The part that one expert serves.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        parts = tuple(part for part in self.parts if part[0] == expert)
+        if not parts:
+            raise ValueError(f"no time of {self.experts} is {expert}'s")
+        return TimeRange(parts, self.mu)
+
     def draw(self, draws: Draws, purpose: str) -> tuple[Tensor, str]:
         """Times ``(B,)`` and the expert they belong to."""
         left = draws.shared(f"{purpose}.expert") * sum(high - low for _, low, high in self.parts)

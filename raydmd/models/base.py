@@ -78,10 +78,14 @@ class Denoiser(ABC, nn.Module):
     Attributes:
         prediction: what :meth:`forward` returns.
         network: the wrapped diffusers module, whose parameters are trained, sharded and saved.
+        blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``.
+        width: of the hidden states.
     """
 
     prediction: Prediction
     network: Any
+    blocks: Sequence[nn.Module]
+    width: int
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -201,6 +205,10 @@ class Family(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [0, 1] from normalised latents: ``(B, frames, 3, H, W)``, fp32."""
+
+    @abstractmethod
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised latents ``(B, *latent)`` of pixels in [0, 1], ``(B, frames, 3, H, W)``; fp32, without noise."""
 
     @abstractmethod
     def export(

@@ -52,6 +52,8 @@ class WanDenoiser(Denoiser):
     def __init__(self, network: WanTransformer3DModel, *, per_token_time: bool, autocast: torch.dtype) -> None:
         super().__init__()
         self.network = network
+        self.blocks = tuple(network.blocks)
+        self.width = network.config.num_attention_heads * network.config.attention_head_dim
         self._per_token_time = per_token_time
         self._autocast = autocast
 
@@ -188,17 +190,30 @@ class Wan(Family):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See :class:`~raydmd.models.base.Family`."""
+        vae, mean, inverse_std = self._autoencoder(latents.device)
+        # A division by 1/std and not a product with std: the stock pipeline's rounding, so its pixels.
+        video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+        pixels: Tensor = (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+        return pixels
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """See :class:`~raydmd.models.base.Family`."""
+        vae, mean, inverse_std = self._autoencoder(pixels.device)
+        video = 2 * pixels.permute(0, 2, 1, 3, 4) - 1
+        latents: Tensor = (vae.encode(video).latent_dist.mode() - mean) * inverse_std
+        return latents
+
+    def _autoencoder(self, device: torch.device) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
+        """The VAE, and its latents' mean and inverse standard deviation, ``(1, C, 1, 1, 1)``."""
         if self._vae is None:
             self._vae = AutoencoderKLWan.from_pretrained(
                 self.path, subfolder="vae", torch_dtype=torch.float32, **self._revision
-            ).to(latents.device)
+            ).to(device)
         view = (1, -1, 1, 1, 1)
-        mean = torch.tensor(self._vae.config.latents_mean, device=latents.device).view(view)
-        inverse_std = 1.0 / torch.tensor(self._vae.config.latents_std, device=latents.device).view(view)
-        # A division by 1/std and not a product with std: the stock pipeline's rounding, so its pixels.
-        video = self._vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-        pixels: Tensor = (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
-        return pixels
+        mean = torch.tensor(self._vae.config.latents_mean, device=device).view(view)
+        inverse_std = 1.0 / torch.tensor(self._vae.config.latents_std, device=device).view(view)
+        return self._vae, mean, inverse_std
 
     def export(
         self,

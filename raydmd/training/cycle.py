@@ -19,10 +19,12 @@ from torch import Tensor
 from raydmd.serving.messages import RewardRequest, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
+    from raydmd.methods.gan import Adversary
     from raydmd.methods.method import Method, Walk
     from raydmd.methods.phases import Phase
     from raydmd.methods.rollout import Sample
     from raydmd.methods.terms import Answer, Query
+    from raydmd.methods.weighing import Mean, Term
     from raydmd.serving.client import Client
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
@@ -68,6 +70,8 @@ class Actors:
         fake_updates: per student update.
         progress: share of the phase that is done, by cycle.
         agree: see :data:`Agree`.
+        mean: of a scalar over all ranks.
+        adversary: discriminator and real samples, where the method has a GAN.
     """
 
     method: Method
@@ -81,6 +85,8 @@ class Actors:
     fake_updates: int
     progress: Callable[[int], float]
     agree: Agree
+    mean: Mean
+    adversary: Adversary | None = None
 
 
 def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
@@ -123,8 +129,22 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     watch.lap("teacher_wait")
 
     walked = answers.pop().value if walk else None
+    others: list[Term] = []
+    if a.adversary:
+        term, found = a.adversary.student_term(sample, batch.cond, batch.draws, a.phase, progress)
+        others += [term] if term else []
+        metrics |= found
     loss = a.method.generator_loss(
-        a.fake.experts, sample, batch.cond, queries, answers, progress, walked=walked, rewards=rewards
+        a.fake.experts,
+        sample,
+        batch.cond,
+        queries,
+        answers,
+        progress,
+        walked=walked,
+        rewards=rewards,
+        others=others,
+        mean=a.mean,
     )
     metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
     watch.lap("generator")
@@ -147,8 +167,12 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
         sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=False)
     rewards = _rewards(a, sample, batch, f"cycle {cycle} {purpose} reward")
     loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase, rewards)
-    norm = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
-    metrics = {"fake/loss": float(loss.detach()), "fake/gradient": norm}
+    metrics = {"fake/loss": float(loss.detach())}
+    if a.adversary:
+        more, found = a.adversary.critic_loss(sample, batch.cond, batch.draws, a.phase, t, a.progress(cycle))
+        loss = loss if more is None else loss + more
+        metrics |= found
+    metrics["fake/gradient"] = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
     for key, low, high in zip(ERRORS, BANDS, BANDS[1:], strict=False):
         here = (t >= low) & (t < high)
         if here.any():

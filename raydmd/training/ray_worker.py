@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
+from raydmd.data.real import load_real
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.rewards.engine import load_reward_engine
@@ -80,6 +81,7 @@ class WorkerConfig:
         pool: how to reach the teacher; ``None`` loads one here.
         rewards: how to reach the reward models; ``None`` loads them here, if the method asks any.
         prompts: the training prompts, for rewards that are loaded here.
+        real: the file of real samples, where the method has a GAN.
         stop_at: see :class:`~raydmd.training.worker.Job`.
         folder: of the run.
     """
@@ -89,6 +91,7 @@ class WorkerConfig:
     pool: ClientSpec | None
     rewards: ClientSpec | None
     prompts: tuple[str, ...]
+    real: str | None
     stop_at: int | None
     folder: str
 
@@ -122,6 +125,7 @@ def train_loop(config: LoopConfig) -> None:
         recipe=c.recipe,
         family=load_family(c.recipe.model),
         conditions=load_conditions(Path(c.conditions)),
+        real=load_real(Path(c.real)) if c.real else None,
         stop_at=c.stop_at,
         stop_file=folder / "STOP",
     )

@@ -42,6 +42,8 @@ class TrainedRole:
         prediction: what the networks predict.
         sharding: ``ddp`` or ``fsdp``; ignored by a single process.
         precision: of FSDP's gathered parameters.
+        heads: modules that learn with the experts of their names and are kept with them, on the device.
+        head_rate: of the heads; default: the role's.
     """
 
     def __init__(
@@ -58,10 +60,13 @@ class TrainedRole:
         prediction: Prediction,
         sharding: str = "ddp",
         precision: str = "fp32",
+        heads: Mapping[str, nn.Module] | None = None,
+        head_rate: float | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
         self.denoisers = dict(experts)
+        self.bare_heads = dict(heads or {})
         self._kept = tuple(e for e in experts if e in (*finished, *trained))
         self._decay = average
         for expert, denoiser in experts.items():
@@ -70,11 +75,18 @@ class TrainedRole:
             for denoiser in experts.values():
                 if not isinstance(denoiser.network, FSDPModule):  # experts of earlier phases come sharded
                     _shard(denoiser, precision)
+            for head in self.bare_heads.values():
+                fully_shard(head, reshard_after_forward=True)
         self.parameters = {
             f"{e}.{n}": p for e in trained for n, p in experts[e].network.named_parameters() if p.requires_grad
         }
+        groups = [{"params": list(self.parameters.values()), "full_rate": settings.rate}]
+        if self.bare_heads:
+            of_heads = {f"{e}.head.{n}": p for e, head in self.bare_heads.items() for n, p in head.named_parameters()}
+            groups.append({"params": list(of_heads.values()), "full_rate": head_rate or settings.rate})
+            self.parameters |= of_heads
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            groups,
             lr=settings.rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -89,24 +101,17 @@ class TrainedRole:
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if average else {}
         self.updates = torch.zeros((), dtype=torch.int64)
         modules: dict[str, nn.Module] = dict(experts)
+        self.heads = dict(self.bare_heads)
         if sharding == "ddp" and dist.is_initialized() and dist.get_world_size() > 1:
-            for expert in trained:
-                # One bucket, so that the order of sums does not depend on timing (shown for two ranks, where
-                # addition commutes; a ring of more may differ in the last bit after a resume).
-                modules[expert] = DistributedDataParallel(
-                    experts[expert],
-                    broadcast_buffers=False,
-                    bucket_cap_mb=4096,
-                    gradient_as_bucket_view=True,
-                )
+            modules |= {expert: _parallel(experts[expert]) for expert in trained}
+            self.heads = {expert: _parallel(head) for expert, head in self.heads.items()}
         self.experts = Experts(modules, routing, process, prediction)
 
     def set_rate(self, factor: float) -> float:
         """Scale the rate by a schedule's factor; returns the rate."""
-        rate = self.settings.rate * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = group["full_rate"] * factor
+        return self.settings.rate * factor
 
     def update(self, loss: Tensor, *, where: str) -> float:
         """Backward, clip, step, average.
@@ -152,8 +157,8 @@ class TrainedRole:
 
     def reshard(self) -> None:
         """Free what FSDP has gathered, so that parameters are the fp32 masters again."""
-        for denoiser in self.denoisers.values():
-            for module in denoiser.network.modules():
+        for root in (*(d.network for d in self.denoisers.values()), *self.bare_heads.values()):
+            for module in root.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
@@ -171,6 +176,9 @@ class TrainedRole:
             for name, p in self.denoisers[expert].network.named_parameters():
                 if self.settings.lora is None or "lora_" in name:
                     yield f"{expert}.{name}", p.detach()
+        for expert, head in self.bare_heads.items():
+            for name, p in head.named_parameters():
+                yield f"{expert}.head.{name}", p.detach()
 
 
 def add_adapter(denoiser: Denoiser, lora: recipes.Lora, *, seed: int) -> None:
@@ -185,6 +193,12 @@ def adapter_weights(denoiser: Denoiser) -> dict[str, Tensor]:
     """The adapter's weights under peft's names."""
     state = get_peft_model_state_dict(denoiser.network, adapter_name=ADAPTER)
     return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+
+def _parallel(module: nn.Module) -> DistributedDataParallel:
+    # One bucket, so that the order of sums does not depend on timing (shown for two ranks, where
+    # addition commutes; a ring of more may differ in the last bit after a resume).
+    return DistributedDataParallel(module, broadcast_buffers=False, bucket_cap_mb=4096, gradient_as_bucket_view=True)
 
 
 def _select(denoiser: Denoiser, *, train: bool, lora: bool) -> None:

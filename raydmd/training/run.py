@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from raydmd import __version__
+from raydmd.data.real import inspect, prepare
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
@@ -77,6 +78,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     except ValueError as error:
         raise InputError(f"method: {error}") from None
     prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
+    source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
     folder = recipe.folder
     with locked(folder):
         if finished(folder):
@@ -90,11 +92,13 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (folder / "STOP").unlink(missing_ok=True)
             tracker = Tracker.open(recipe, versions())
-            conditions = family.encode(prompts, (recipe.data.cache or folder / "conditions").absolute())
+            cache = (recipe.data.cache or folder / "conditions").absolute()
+            conditions = family.encode(prompts, cache)
             try:
+                real = prepare(source, recipe.model, family, cache, print) if source else None
                 # A run that was trained but not evaluated goes on from there.
                 checkpoint = trained(folder) or train(
-                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles
+                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real
                 )
                 figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
                 publish(tracker, figures, artifacts)
@@ -136,6 +140,7 @@ def train(
     prompts: list[str],
     tracker: Tracker,
     stop_at: int | None,
+    real: Path | None = None,
 ) -> Path:
     """Run the workers to the end; returns the final checkpoint's folder."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
@@ -168,6 +173,7 @@ def train(
             pool=pool.client_spec() if pool else None,
             rewards=judges.client_spec() if judges else None,
             prompts=() if judges or not recipe.method.adapt else tuple(prompts),
+            real=str(real) if real else None,
             stop_at=stop_at,
             folder=str(folder),
         )

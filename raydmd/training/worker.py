@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
 from raydmd.training import checkpoint
+from raydmd.training.adversary import build_adversary, make_heads
 from raydmd.training.cycle import Actors, train_cycle, update_fake
 from raydmd.training.plan import CyclePlan
 from raydmd.training.roles import TrainedRole, add_adapter
@@ -27,6 +28,9 @@ from raydmd.training.stream import Stream
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from raydmd.data.real import RealData
     from raydmd.methods.method import Method
     from raydmd.methods.phases import Phase
     from raydmd.models.base import Conditions, Denoiser, Family, Routing
@@ -48,6 +52,7 @@ class Job:
         recipe: the run.
         family: the teacher's pipeline.
         conditions: encoded prompts.
+        real: what a discriminator takes for real, where the method has one.
         stop_at: cycles after which this invocation stops, resumable; ``None`` runs to the end.
         stop_file: stops the run when it exists.
     """
@@ -55,6 +60,7 @@ class Job:
     recipe: Recipe
     family: Family
     conditions: Conditions
+    real: RealData | None = None
     stop_at: int | None = None
     stop_file: Path | None = None
 
@@ -85,7 +91,7 @@ class Worker:
         self.routing: Routing = job.family.routing()
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
-        self._conditions = job.conditions
+        self._conditions, self._real = job.conditions, job.real
         self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0
         self._written = False
@@ -257,7 +263,8 @@ class Worker:
         student = {e: students.get(e) or self._student_expert(e) for e in needed}
         self.student = self._role("student", student, phase.student, finished, training.student, routing)
         fake = {e: self._expert(e, training.fake) for e in phase.fake_experts}
-        self.fake = self._role("fake", fake, phase.fake_experts, (), training.fake, self.routing)
+        heads = make_heads(recipe.method.gan, fake, seed=recipe.seed, device=self.session.device)
+        self.fake = self._role("fake", fake, phase.fake_experts, (), training.fake, self.routing, heads)
 
     def _student_expert(self, expert: str) -> Denoiser:
         return self._expert(source_expert(self.recipe.method, self.routing, expert), self.recipe.training.student)
@@ -282,6 +289,7 @@ class Worker:
         finished: tuple[str, ...],
         settings: Role,
         routing: Routing,
+        heads: Mapping[str, nn.Module] | None = None,
     ) -> TrainedRole:
         return TrainedRole(
             name,
@@ -295,6 +303,8 @@ class Worker:
             prediction=self.family.prediction,
             sharding=self.recipe.training.sharding,
             precision=self.recipe.training.precision,
+            heads=heads,
+            head_rate=self.recipe.method.gan.rate if self.recipe.method.gan else None,
         )
 
     def _actors(self, phase: Phase) -> Actors:
@@ -310,10 +320,20 @@ class Worker:
             fake_updates=self.watch.measures.fake_updates,
             progress=self.plan.progress,
             agree=self._agree,
+            mean=self._mean,
+            adversary=build_adversary(self.recipe.method.gan, self.fake, self.family.process, self._real),
         )
 
+    def _mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over all ranks."""
+        if self.session.world == 1:
+            return value
+        summed = value.clone()
+        dist.all_reduce(summed)
+        return summed / self.session.world
+
     def _warm_up(self, actors: Actors) -> None:
-        warm = Actors(**{**vars(actors), "stream": self._warmup_stream})
+        warm = replace(actors, stream=self._warmup_stream, progress=lambda _: 0.0)
         self.fake.set_rate(self.plan.rate(self.cycle) * self.watch.measures.rate)
         for k in range(self.recipe.training.fake_warmup):
             update_fake(warm, actors.phase.index, f"warmup.{k}")

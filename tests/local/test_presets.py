@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import save_file
 
+from raydmd.data.real import inspect, load_real, prepare
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.recipe import Recipe, derive
 from raydmd.rewards.engine import load_reward_engine
@@ -53,24 +55,37 @@ def recipe(output: Path, method: dict) -> Recipe:
         {"name": "amd"},
         {"name": "dp_dmd", "anchor": {"steps": 2, "of": 6}},
         {"name": "phased", "decouple": {"schedule": "constrained"}, "anchor": {"steps": 2, "of": 6}, "adapt": {}},
+        {"name": "amd", "moments": {"weight": {"balance": 0.1}}, "gan": {"weight": {"balance": 0.2}, "r1": {}}},
     ],
-    ids=lambda m: m["name"] + ("+" if len(m) > 2 else ""),
+    ids=lambda m: m["name"] + ("+" if len(m) > 2 else "") + ("gan" if "gan" in m else ""),
 )
 def test_a_method_trains_and_exports(tmp_path, method):
     torch.set_num_threads(1)
+    if "gan" in method:
+        method = {**method, "gan": {**method["gan"], "data": str(tmp_path / "real.safetensors")}}
     r = recipe(tmp_path, method)
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
+    real = None
+    if r.method.gan:
+        save_file({"latents": torch.randn(5, *family.shape().latent)}, r.method.gan.data)
+        source = inspect(r.method.gan, family.shape())
+        real = load_real(prepare(source, r.model, family, tmp_path / "real", print))
     table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
     session = FolderSession(r.folder)
     worker = Worker(
-        Job(recipe=r, family=family, conditions=table), teacher, session, EventLog(r.folder / "events.jsonl"), rewards
+        Job(recipe=r, family=family, conditions=table, real=real),
+        teacher,
+        session,
+        EventLog(r.folder / "events.jsonl"),
+        rewards,
     )
     assert worker.run() == "finished"
     rows = [row for row in session.reports if "student/gradient" in row]
     assert all(row["student/gradient"] > 0 for row in rows)
+    assert all(("gan/student" in row) == ("gan/r1" in row) == (r.method.gan is not None) for row in rows)
     assert all(("student/reward" in row) == (r.method.adapt is not None) for row in rows)
     student = load_student(r, family, max(r.folder.glob("cycle-*final")))
     for expert, denoiser in student.items():

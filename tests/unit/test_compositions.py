@@ -127,7 +127,7 @@ def test_the_score_term_of_dp_dmd_leaves_the_first_step_alone_and_the_anchor_tra
     sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
     walk = method.walk(sample)
     assert len(walk.grid) == 6
-    method.anchor.loss(sample, torch.randn(4, *LATENT, generator=seeded(2)), 0.0).backward()
+    method.anchor.term(sample, torch.randn(4, *LATENT, generator=seeded(2))).loss.backward()
     assert student.modules["transformer"].weight.grad.abs().sum() > 0
     assert student.modules["transformer_2"].weight.grad is None
 

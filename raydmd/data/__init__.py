@@ -1,0 +1,1 @@
+"""Data beside the prompts: read, checked, encoded once, drawn by position."""
