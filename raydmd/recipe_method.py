@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from raydmd.process import step_grid
+from raydmd.recipe_regression import Regression
 from raydmd.recipe_types import (
     Count,
     Finite,
@@ -31,6 +32,8 @@ CAP = 10.0
 Schedule = Literal["coupled", "full", "constrained", "hybrid"]
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv:2311.18828: one step, held to noise-image pairs of the teacher
+    "dmd": {"steps": 1, "regression": {}},
     # arXiv:2405.14867: backward simulation with fresh noise between the steps
     "dmd2": {"solver": "renoise"},
     # arXiv:2510.27684: an expert per phase, matched where the phase ends
@@ -153,7 +156,7 @@ class Adapt(Section):
 class Method(Section):
     """How the student is taught: rollout, score term, auxiliary terms."""
 
-    name: Literal["dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
+    name: Literal["dmd", "dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
     """The preset whose settings hold where none is given."""
     steps: Count = 4
     shift: Positive = 5.0
@@ -182,6 +185,7 @@ class Method(Section):
     decouple: Decouple | None = None
     anchor: Anchor | None = None
     moments: Moments | None = None
+    regression: Regression | None = None
     adapt: Adapt | None = None
 
     @model_validator(mode="before")
@@ -217,6 +221,12 @@ class Method(Section):
             )
         if self.moments and self.boundaries:
             raise ValueError("moments regularises clean samples; those of a phase that ends at a noise level are not")
+        if self.regression and self.boundaries:
+            raise ValueError("regression compares clean samples; those of a phase that ends at a noise level are not")
+        if self.regression and self.solver == "renoise" and self.steps > 1:
+            raise ValueError(
+                "regression holds a noise to one image, and solver=renoise leads it to many; use solver=euler or steps=1"
+            )
         return self
 
     def _steps_of_phases(self) -> list[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from raydmd.methods.regression import Distance, Pairs, RegressionTerm
 from raydmd.methods.terms import Answer, Query, ScoreTerm, Weights
 from raydmd.objectives.auxiliary import anchor_loss, anchor_target, moments_loss
 from raydmd.objectives.decoupled import adapted_weights, advantage, sharpening_weights
@@ -121,6 +122,7 @@ class Method:
         score: the score term.
         anchor: diversity anchor of the first phase.
         moments: regulariser of the sample's moments.
+        regression: to noise-image pairs.
         adaptation: weights from rewards.
         fake_weight_cap: see :func:`raydmd.objectives.fake.subinterval_weight`.
     """
@@ -132,6 +134,7 @@ class Method:
     score: ScoreTerm
     anchor: AnchorTerm | None = None
     moments: MomentsTerm | None = None
+    regression: RegressionTerm | None = None
     adaptation: Adaptation | None = None
     fake_weight_cap: float
 
@@ -202,3 +205,33 @@ class Method:
         if self.moments:
             loss = loss + self.moments.loss(sample, progress)
         return loss
+
+    def paired_loss(
+        self,
+        student: Experts,
+        pairs: Pairs,
+        distance: Distance,
+        phase: Phase,
+        latent: tuple[int, ...],
+        progress: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The student's regression to noise-image pairs, weighted.
+
+        Args:
+            student: walks from the pairs' noise as its rollout does.
+            pairs: a batch of them.
+            distance: of samples to their pairs.
+            phase: the phase in progress; ends clean.
+            latent: shape of one latent.
+            progress: share of the phase that is done.
+
+        Returns:
+            The loss, a scalar with the student's gradient, and the unweighted errors ``(B,)``, detached.
+
+        Raises:
+            ValueError: if the method has no such term.
+        """
+        if self.regression is None:
+            raise ValueError("the method has no regression to pairs")
+        sample = self.rollout(student, pairs.cond, pairs.draws, phase, latent, grad=True, noise=pairs.noise)
+        return self.regression.loss(distance(sample.x, pairs.target), progress)

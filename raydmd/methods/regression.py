@@ -1,0 +1,51 @@
+"""DMD's paired regression: the student's sample is held to what the teacher makes of the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from raydmd.recipe_types import Ramp, value_at
+
+if TYPE_CHECKING:
+    from raydmd.draws import Draws
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Of the student's clean latents to the teacher's, both ``(B, *latent)``: ``(B,)``, differentiable in the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """A batch of noise-image pairs.
+
+    Attributes:
+        noise: where the teacher's walks began, ``(B, *latent)``.
+        target: the clean latents they came to, ``(B, *latent)``.
+        cond: conditions of their prompts, ``(B, L, D)``.
+        draws: for whatever else a rollout draws at random.
+        indices: which pairs these are, length B.
+    """
+
+    noise: Tensor
+    target: Tensor
+    cond: Tensor
+    draws: Draws
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionTerm:
+    """The paired regression (arXiv:2311.18828, section 3.3 and algorithm 1).
+
+    Attributes:
+        weight: lambda_reg.
+    """
+
+    weight: float | Ramp
+
+    def loss(self, errors: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """The weighted loss, a scalar, and the errors ``(B,)`` again, detached."""
+        return value_at(self.weight, progress) * errors.mean(), errors.detach()
