@@ -225,7 +225,7 @@ class Method(Section):
             raise ValueError("regression compares clean samples; those of a phase that ends at a noise level are not")
         if self.regression and self.solver == "renoise" and self.steps > 1:
             raise ValueError(
-                "regression holds a noise to one image, and solver=renoise leads it to many; use solver=euler or steps=1"
+                "regression holds a noise to one image, solver=renoise leads it to many; use solver=euler or steps=1"
             )
         return self
 

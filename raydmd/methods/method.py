@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raydmd.methods.regression import Distance, Pairs, RegressionTerm
 from raydmd.methods.terms import Answer, Query, ScoreTerm, Weights
 from raydmd.objectives.auxiliary import anchor_loss, anchor_target, moments_loss
 from raydmd.objectives.decoupled import adapted_weights, advantage, sharpening_weights
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from raydmd.draws import Draws
     from raydmd.guidance import Guidance
     from raydmd.methods.phases import Phase
+    from raydmd.methods.regression import Distance, Pairs, RegressionTerm
     from raydmd.methods.rollout import Rollout, Sample
     from raydmd.models.base import Experts
     from raydmd.process import Prediction, Process
@@ -205,6 +205,10 @@ class Method:
         if self.moments:
             loss = loss + self.moments.loss(sample, progress)
         return loss
+
+    def regresses(self, progress: float) -> bool:
+        """Whether the regression to pairs has any weight after a share ``progress`` of a phase."""
+        return self.regression is not None and value_at(self.regression.weight, progress) > 0
 
     def paired_loss(
         self,

@@ -21,8 +21,10 @@ from raydmd.serving.messages import RewardRequest, ScoreRequest, WalkRequest
 if TYPE_CHECKING:
     from raydmd.methods.method import Method, Walk
     from raydmd.methods.phases import Phase
+    from raydmd.methods.regression import Distance
     from raydmd.methods.rollout import Sample
     from raydmd.methods.terms import Answer, Query
+    from raydmd.pairs.stream import PairStream
     from raydmd.serving.client import Client
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
@@ -68,6 +70,8 @@ class Actors:
         fake_updates: per student update.
         progress: share of the phase that is done, by cycle.
         agree: see :data:`Agree`.
+        pairs: noise-image pairs, where the method regresses to them.
+        distance: of samples to pairs.
     """
 
     method: Method
@@ -81,6 +85,8 @@ class Actors:
     fake_updates: int
     progress: Callable[[int], float]
     agree: Agree
+    pairs: PairStream | None = None
+    distance: Distance | None = None
 
 
 def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
@@ -126,7 +132,14 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     loss = a.method.generator_loss(
         a.fake.experts, sample, batch.cond, queries, answers, progress, walked=walked, rewards=rewards
     )
+    errors: Tensor | None = None
+    if a.pairs and a.distance and a.method.regresses(progress):
+        pairs = a.pairs.batch(cycle)
+        paired, errors = a.method.paired_loss(a.student.experts, pairs, a.distance, a.phase, a.latent, progress)
+        loss, metrics["student/regression"] = loss + paired, float(errors.mean())
     metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
+    if a.pairs and errors is not None:
+        a.pairs.learn(cycle, errors)
     watch.lap("generator")
 
     metrics["student/x0_mean"] = float(sample.x0.mean())

@@ -22,6 +22,7 @@ from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
+from raydmd.training.pairing import open_pairs
 from raydmd.training.session import Session
 from raydmd.training.worker import Job, Worker
 
@@ -80,6 +81,7 @@ class WorkerConfig:
         pool: how to reach the teacher; ``None`` loads one here.
         rewards: how to reach the reward models; ``None`` loads them here, if the method asks any.
         prompts: the training prompts, for rewards that are loaded here.
+        pairs: the file of the pairs' encoded prompts, if the method has pairs.
         stop_at: see :class:`~raydmd.training.worker.Job`.
         folder: of the run.
     """
@@ -89,6 +91,7 @@ class WorkerConfig:
     pool: ClientSpec | None
     rewards: ClientSpec | None
     prompts: tuple[str, ...]
+    pairs: str | None
     stop_at: int | None
     folder: str
 
@@ -118,12 +121,14 @@ def train_loop(config: LoopConfig) -> None:
     session = RaySession(c.recipe.training.step_timeout)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
+    family = load_family(c.recipe.model)
     job = Job(
         recipe=c.recipe,
-        family=load_family(c.recipe.model),
+        family=family,
         conditions=load_conditions(Path(c.conditions)),
         stop_at=c.stop_at,
         stop_file=folder / "STOP",
+        pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
     )
     try:
         Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()

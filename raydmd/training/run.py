@@ -33,6 +33,7 @@ from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.events import read_lines
 from raydmd.training.follow import Follower, MetricsFile
+from raydmd.training.pairing import check_pairs
 from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 
@@ -77,6 +78,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     except ValueError as error:
         raise InputError(f"method: {error}") from None
     prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
+    paired = check_pairs(recipe, family)
     folder = recipe.folder
     with locked(folder):
         if finished(folder):
@@ -90,11 +92,13 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (folder / "STOP").unlink(missing_ok=True)
             tracker = Tracker.open(recipe, versions())
-            conditions = family.encode(prompts, (recipe.data.cache or folder / "conditions").absolute())
+            cache = (recipe.data.cache or folder / "conditions").absolute()
+            conditions = family.encode(prompts, cache)
+            pairs = family.encode(paired, cache) if paired else None
             try:
                 # A run that was trained but not evaluated goes on from there.
                 checkpoint = trained(folder) or train(
-                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles
+                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, pairs
                 )
                 figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
                 publish(tracker, figures, artifacts)
@@ -136,6 +140,7 @@ def train(
     prompts: list[str],
     tracker: Tracker,
     stop_at: int | None,
+    pairs: Path | None = None,
 ) -> Path:
     """Run the workers to the end; returns the final checkpoint's folder."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
@@ -168,6 +173,7 @@ def train(
             pool=pool.client_spec() if pool else None,
             rewards=judges.client_spec() if judges else None,
             prompts=() if judges or not recipe.method.adapt else tuple(prompts),
+            pairs=str(pairs) if pairs else None,
             stop_at=stop_at,
             folder=str(folder),
         )
