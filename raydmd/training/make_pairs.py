@@ -92,7 +92,7 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
             ),
             name="pairs/teacher",
             deterministic=recipe.deterministic,
-            request_timeout=recipe.training.step_timeout,
+            request_timeout=AHEAD * recipe.training.step_timeout,  # each waits for those before it
         )
         with pool:
             yield PoolClient(pool.client_spec(), "pairs")

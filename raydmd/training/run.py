@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
+FREE_METHOD = ("regression.verify",)
 FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
 
@@ -78,13 +79,13 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     except ValueError as error:
         raise InputError(f"method: {error}") from None
     prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
-    paired = check_pairs(recipe, family)
     folder = recipe.folder
     with locked(folder):
         if finished(folder):
             print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
             return DONE
         same_run(recipe, folder)
+        paired = None if trained(folder) else check_pairs(recipe, family)
         start = time.monotonic()
         connect()
         try:
@@ -392,7 +393,8 @@ def versions() -> dict[str, str]:
 
 def _free(key: str) -> bool:
     section, _, rest = key.partition(".")
-    return section in FREE_KEYS or (section == "training" and rest in FREE_TRAINING)
+    within = {"method": FREE_METHOD, "training": FREE_TRAINING}
+    return section in FREE_KEYS or rest in within.get(section, ())
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
