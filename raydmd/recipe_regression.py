@@ -38,7 +38,7 @@ class Regression(Section):
     weights: Word | None = None
     """VGG16's ImageNet weights as torchvision publishes them, a file or a URL (lpips); default: torch hub's cache."""
     resample: Fraction = 0.0
-    """Share of the pairs that is drawn in proportion to each pair's latest error; the others are drawn in turn."""
+    """Share of the pairs that is drawn in proportion to each pair's running error; the others come in turn."""
     verify: bool = True
     """Compare every shard with its checksum before the start; ``false`` looks at sizes alone."""
 

@@ -98,7 +98,7 @@ def check_pairs(recipe: Recipe, family: Family) -> list[str] | None:
             load_lpips("vgg", weights=settings.weights)
         except InputError as error:
             raise InputError(
-                f"method.regression.loss=lpips: {error}; it is named by method.regression.weights. "
+                f"method.regression.loss=lpips: {error} as method.regression.weights. "
                 "loss=l2 and loss=ssim need no weights"
             ) from None
     return prompts
