@@ -251,7 +251,7 @@ class Worker:
                 (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
             )
         )
-        self._pairs = self._pairing and self._pairing.stream(self.recipe, self.session, now.attempt)
+        self._pairs = self._pairing.stream(self.recipe, self.session, now.attempt) if self._pairing else None
 
     def _enter(self, phase: Phase, students: dict[str, Denoiser]) -> None:
         """Make the roles of a phase: its student experts go on, its fake score starts from the teacher."""
