@@ -89,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     app.command("run", epilog=EPILOG, context_settings=PASS_ON, options_metavar=f"FILE {USAGE}")(
         _front(lambda _: Recipe(), takes_file=True)
     )
+    app.command("pairs", epilog=EPILOG, context_settings=PASS_ON, options_metavar=f"FILE --count N {USAGE}")(
+        _make_pairs
+    )
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
@@ -213,6 +216,34 @@ def _run(recipe: Recipe, max_cycles: int | None) -> int:
     from raydmd.training.run import run
 
     return run(recipe, max_cycles=max_cycles) or DONE
+
+
+def _make_pairs(
+    ctx: typer.Context,
+    count: Annotated[int | None, typer.Option(min=1, help="Pairs in all.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For the pairs; default: method.regression.pairs.")
+    ] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Pairs in a file; default: about 256 MiB.")] = None,
+) -> None:
+    """Make noise-image pairs for method.regression with a recipe's teacher; the same command resumes."""
+
+    def resolve() -> tuple[Recipe, int]:
+        keys, files = read_overrides(ctx.args, files=1)
+        if not files:
+            raise InputError("which recipe? raydmd pairs FILE --count N; 'raydmd recipe' prints one to edit")
+        if count is None:
+            raise InputError("how many pairs? raydmd pairs FILE --count N")
+        return _resolve(lambda _: Recipe(), Path(files[0]), keys), count
+
+    recipe, wanted = _guard(resolve, None)
+
+    def make() -> int:
+        from raydmd.training.make_pairs import make
+
+        return make(recipe, wanted, output, shard=shard)
+
+    raise typer.Exit(_guard(make, None))
 
 
 def _print_recipe(

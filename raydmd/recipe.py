@@ -236,6 +236,11 @@ class Recipe(Section):
                     f"method.adapt.group={adapt.group} does not divide the {share} samples that each of "
                     f"placement.workers={self.placement.workers} has of training.batch={self.training.batch}"
                 )
+        pairs = self.method.regression and self.method.regression.batch
+        if pairs and pairs % self.placement.workers:
+            raise ValueError(
+                f"method.regression.batch={pairs} does not divide over placement.workers={self.placement.workers}"
+            )
         phases = len(self.method.boundaries) + 1
         split = self.training.phase_split
         if split is not None and len(split) != phases:

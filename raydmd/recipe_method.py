@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from raydmd.process import step_grid
 from raydmd.recipe_gan import Gan
+from raydmd.recipe_regression import Regression
 from raydmd.recipe_types import (
     Count,
     Finite,
@@ -33,6 +34,8 @@ CAP = 10.0
 Schedule = Literal["coupled", "full", "constrained", "hybrid"]
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv:2311.18828: one step, held to noise-image pairs of the teacher
+    "dmd": {"steps": 1, "regression": {}},
     # arXiv:2405.14867: backward simulation with fresh noise between the steps
     "dmd2": {"solver": "renoise"},
     # arXiv:2510.27684: an expert per phase, matched where the phase ends; its gradient (eq. 10) has no normaliser
@@ -155,7 +158,7 @@ class Adapt(Section):
 class Method(Section):
     """How the student is taught: rollout, score term, auxiliary terms."""
 
-    name: Literal["dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
+    name: Literal["dmd", "dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
     """The preset whose settings hold where none is given."""
     steps: Count = 4
     shift: Positive = 5.0
@@ -184,6 +187,7 @@ class Method(Section):
     decouple: Decouple | None = None
     anchor: Anchor | None = None
     moments: Moments | None = None
+    regression: Regression | None = None
     adapt: Adapt | None = None
     gan: Gan | None = None
 
@@ -220,6 +224,12 @@ class Method(Section):
             )
         if self.moments and self.boundaries:
             raise ValueError("moments regularises clean samples; those of a phase that ends at a noise level are not")
+        if self.regression and self.boundaries:
+            raise ValueError("regression compares clean samples; those of a phase that ends at a noise level are not")
+        if self.regression and self.solver == "renoise" and self.steps > 1:
+            raise ValueError(
+                "regression holds a noise to one image, solver=renoise leads it to many; use solver=euler or steps=1"
+            )
         return self
 
     def _steps_of_phases(self) -> list[int]:

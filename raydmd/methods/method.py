@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from raydmd.draws import Draws
     from raydmd.guidance import Guidance
     from raydmd.methods.phases import Phase
+    from raydmd.methods.regression import Distance, Pairs, RegressionTerm
     from raydmd.methods.rollout import Rollout, Sample
     from raydmd.models.base import Experts
     from raydmd.process import Prediction, Process
@@ -123,6 +124,7 @@ class Method:
         score: the score term.
         anchor: diversity anchor of the first phase.
         moments: regulariser of the sample's moments.
+        regression: to noise-image pairs.
         adaptation: weights from rewards.
         fake_weight_cap: see :func:`raydmd.objectives.fake.subinterval_weight`.
     """
@@ -134,6 +136,7 @@ class Method:
     score: ScoreTerm
     anchor: AnchorTerm | None = None
     moments: MomentsTerm | None = None
+    regression: RegressionTerm | None = None
     adaptation: Adaptation | None = None
     fake_weight_cap: float
 
@@ -205,3 +208,30 @@ class Method:
         terms = [self.anchor.term(sample, walked)] if self.anchor and walked is not None else []
         terms += [self.moments.term(sample)] if self.moments else []
         return total(surrogate(sample.x, gradient), (*terms, *others), progress, gradient, mean)
+
+    def regresses(self, progress: float) -> bool:
+        """Whether the regression to pairs has any weight after a share ``progress`` of a phase."""
+        return self.regression is not None and self.regression.active(progress)
+
+    def paired_term(
+        self, student: Experts, pairs: Pairs, distance: Distance, phase: Phase, latent: tuple[int, ...]
+    ) -> tuple[Term, Tensor]:
+        """The student's regression to noise-image pairs.
+
+        Args:
+            student: walks from the pairs' noise as its rollout does.
+            pairs: a batch of them.
+            distance: of samples to their pairs.
+            phase: the phase in progress; ends clean.
+            latent: shape of one latent.
+
+        Returns:
+            The term, with the student's gradient, and the errors ``(B,)``, detached.
+
+        Raises:
+            ValueError: if the method has no such term.
+        """
+        if self.regression is None:
+            raise ValueError("the method has no regression to pairs")
+        sample = self.rollout(student, pairs.cond, pairs.draws, phase, latent, grad=True, noise=pairs.noise)
+        return self.regression.term(sample.x, distance(sample.x, pairs.target))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from raydmd.guidance import Guidance
 from raydmd.methods.method import Adaptation, AnchorTerm, Method, MomentsTerm
 from raydmd.methods.phases import Phase, TimeRange, Window, split_grid
+from raydmd.methods.regression import RegressionTerm
 from raydmd.methods.rollout import Rollout
 from raydmd.methods.terms import Decoupled, Matching, ScoreTerm
 from raydmd.models.base import Routing
@@ -73,6 +74,7 @@ def build_method(m: Settings, teacher: Routing, process: Process, prediction: Pr
         moments=MomentsTerm(weight=m.moments.weight, mean=m.moments.mean, variance=m.moments.variance)
         if m.moments
         else None,
+        regression=RegressionTerm(weight=m.regression.weight) if m.regression else None,
         adaptation=Adaptation(**m.adapt.model_dump(exclude={"rewards"})) if m.adapt else None,
         fake_weight_cap=m.fake_weight_cap,
     )

@@ -87,11 +87,15 @@ class Rollout:
         latent: tuple[int, ...],
         *,
         grad: bool,
+        noise: Tensor | None = None,
     ) -> Sample:
-        """Make one sample per row of ``cond``; with ``grad``, differentiable as the kind of rollout has it."""
+        """Make one sample per row of ``cond``, from ``noise`` or fresh noise.
+
+        With ``grad``, it is differentiable as the kind of rollout has it.
+        """
         exits = self.exits(phase)
         exit_step = exits[int(draws.shared("exit") * len(exits))]
-        noise = x = draws.normal("noise", latent)
+        noise = x = draws.normal("noise", latent) if noise is None else noise
         first: Tensor | None = None
         for i in range(exit_step):
             anchor = self.anchored and i == 0 and phase.first == 0

@@ -203,8 +203,17 @@ class Family(ABC):
         """Tokens a prompt is padded to."""
 
     @abstractmethod
+    def render(self, latents: Tensor) -> Tensor:
+        """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
+
+        In [0, 1] but for where the decoder overshoots; there a clamp would end the gradient. The decoder itself
+        is frozen.
+        """
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [0, 1] from normalised latents: ``(B, frames, 3, H, W)``, fp32."""
+        """Pixels in [0, 1] from normalised latents: ``(B, frames, 3, H, W)``, fp32, without gradient."""
+        return self.render(latents).clamp(0, 1)
 
     @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -187,13 +187,12 @@ class Wan(Family):
         tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", **self._revision)
         return min(512, int(tokenizer.model_max_length))
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def render(self, latents: Tensor) -> Tensor:
         """See :class:`~raydmd.models.base.Family`."""
         vae, mean, inverse_std = self._autoencoder(latents.device)
         # A division by 1/std and not a product with std: the stock pipeline's rounding, so its pixels.
         video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-        pixels: Tensor = (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4)
+        pixels: Tensor = (video / 2 + 0.5).permute(0, 2, 1, 3, 4)
         return pixels
 
     @torch.no_grad()
@@ -210,6 +209,7 @@ class Wan(Family):
             self._vae = AutoencoderKLWan.from_pretrained(
                 self.path, subfolder="vae", torch_dtype=torch.float32, **self._revision
             ).to(device)
+            self._vae.requires_grad_(False)
         view = (1, -1, 1, 1, 1)
         mean = torch.tensor(self._vae.config.latents_mean, device=device).view(view)
         inverse_std = 1.0 / torch.tensor(self._vae.config.latents_std, device=device).view(view)

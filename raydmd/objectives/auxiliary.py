@@ -1,4 +1,4 @@
-"""Terms beside the score term: diversity anchor and mean-variance regulariser."""
+"""Terms beside the score term: diversity anchor, mean-variance regulariser, paired regression."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def moments_loss(x0: Tensor, *, mean: float, variance: float) -> Tensor:
     flat = x0.flatten(1)
     mu, var = flat.mean(1), flat.var(1, correction=0).clamp(min=1e-12)
     return 0.5 * ((var + (mu - mean).square()) / variance - 1.0 - (var / variance).log()).mean()
+
+
+def paired_l2(x: Tensor, target: Tensor) -> Tensor:
+    """Mean square error of each sample to its pair, ``(B,)``: DMD's regression with L2 for LPIPS.
+
+    arXiv:2311.18828, section 3.3, whose ablation has this loss; here it compares latents.
+
+    Args:
+        x: the student's clean samples, ``(B, ...)``.
+        target: what the teacher walks to from the same noise, shape of ``x``.
+    """
+    return (x - target.detach()).square().flatten(1).mean(1)

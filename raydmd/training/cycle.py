@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from raydmd.methods.gan import Adversary
     from raydmd.methods.method import Method, Walk
     from raydmd.methods.phases import Phase
+    from raydmd.methods.regression import Distance
     from raydmd.methods.rollout import Sample
     from raydmd.methods.terms import Answer, Query
     from raydmd.methods.weighing import Mean, Term
+    from raydmd.pairs.stream import PairStream
     from raydmd.serving.client import Client
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
@@ -72,6 +74,8 @@ class Actors:
         agree: see :data:`Agree`.
         mean: of a scalar over all ranks.
         adversary: discriminator and real samples, where the method has a GAN.
+        pairs: noise-image pairs, where the method regresses to them.
+        distance: of samples to pairs.
     """
 
     method: Method
@@ -87,6 +91,8 @@ class Actors:
     agree: Agree
     mean: Mean
     adversary: Adversary | None = None
+    pairs: PairStream | None = None
+    distance: Distance | None = None
 
 
 def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
@@ -131,9 +137,14 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     walked = answers.pop().value if walk else None
     others: list[Term] = []
     if a.adversary:
-        term, found = a.adversary.student_term(sample, batch.cond, batch.draws, a.phase, progress)
-        others += [term] if term else []
+        judged_term, found = a.adversary.student_term(sample, batch.cond, batch.draws, a.phase, progress)
+        others += [judged_term] if judged_term else []
         metrics |= found
+    errors: Tensor | None = None
+    if a.pairs and a.distance and a.method.regresses(progress):
+        term, errors = a.method.paired_term(a.student.experts, a.pairs.batch(cycle), a.distance, a.phase, a.latent)
+        others.append(term)
+        metrics["student/regression"] = float(errors.mean())
     loss = a.method.generator_loss(
         a.fake.experts,
         sample,
@@ -147,6 +158,8 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
         mean=a.mean,
     )
     metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
+    if a.pairs and errors is not None:
+        a.pairs.learn(cycle, errors)
     watch.lap("generator")
 
     metrics["student/x0_mean"] = float(sample.x0.mean())

@@ -23,6 +23,7 @@ from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
+from raydmd.training.pairing import open_pairs
 from raydmd.training.session import Session
 from raydmd.training.worker import Job, Worker
 
@@ -82,6 +83,7 @@ class WorkerConfig:
         rewards: how to reach the reward models; ``None`` loads them here, if the method asks any.
         prompts: the training prompts, for rewards that are loaded here.
         real: the file of real samples, where the method has a GAN.
+        pairs: the file of the pairs' encoded prompts, if the method has pairs.
         stop_at: see :class:`~raydmd.training.worker.Job`.
         folder: of the run.
     """
@@ -92,6 +94,7 @@ class WorkerConfig:
     rewards: ClientSpec | None
     prompts: tuple[str, ...]
     real: str | None
+    pairs: str | None
     stop_at: int | None
     folder: str
 
@@ -121,13 +124,15 @@ def train_loop(config: LoopConfig) -> None:
     session = RaySession(c.recipe.training.step_timeout)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
+    family = load_family(c.recipe.model)
     job = Job(
         recipe=c.recipe,
-        family=load_family(c.recipe.model),
+        family=family,
         conditions=load_conditions(Path(c.conditions)),
         real=load_real(Path(c.real)) if c.real else None,
         stop_at=c.stop_at,
         stop_file=folder / "STOP",
+        pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
     )
     try:
         Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()

@@ -34,6 +34,7 @@ from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.events import read_lines
 from raydmd.training.follow import Follower, MetricsFile
+from raydmd.training.pairing import check_pairs
 from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
+FREE_METHOD = ("regression.verify",)
 FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
 
@@ -85,6 +87,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
             return DONE
         same_run(recipe, folder)
+        paired = None if trained(folder) else check_pairs(recipe, family)
         start = time.monotonic()
         connect()
         try:
@@ -94,11 +97,12 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             tracker = Tracker.open(recipe, versions())
             cache = (recipe.data.cache or folder / "conditions").absolute()
             conditions = family.encode(prompts, cache)
+            pairs = family.encode(paired, cache) if paired else None
             try:
                 real = prepare(source, recipe.model, family, cache, print) if source else None
                 # A run that was trained but not evaluated goes on from there.
                 checkpoint = trained(folder) or train(
-                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real
+                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real, pairs
                 )
                 figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
                 publish(tracker, figures, artifacts)
@@ -141,6 +145,7 @@ def train(
     tracker: Tracker,
     stop_at: int | None,
     real: Path | None = None,
+    pairs: Path | None = None,
 ) -> Path:
     """Run the workers to the end; returns the final checkpoint's folder."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
@@ -174,6 +179,7 @@ def train(
             rewards=judges.client_spec() if judges else None,
             prompts=() if judges or not recipe.method.adapt else tuple(prompts),
             real=str(real) if real else None,
+            pairs=str(pairs) if pairs else None,
             stop_at=stop_at,
             folder=str(folder),
         )
@@ -392,7 +398,8 @@ def versions() -> dict[str, str]:
 
 def _free(key: str) -> bool:
     section, _, rest = key.partition(".")
-    return section in FREE_KEYS or (section == "training" and rest in FREE_TRAINING)
+    within = {"method": FREE_METHOD, "training": FREE_TRAINING}
+    return section in FREE_KEYS or rest in within.get(section, ())
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:

@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from raydmd.methods.method import Method
     from raydmd.methods.phases import Phase
     from raydmd.models.base import Conditions, Denoiser, Family, Routing
+    from raydmd.pairs.stream import PairStream
     from raydmd.recipe import Recipe, Role
     from raydmd.serving.client import Client
     from raydmd.training.events import EventLog
     from raydmd.training.monitor import Alarm, Measures
+    from raydmd.training.pairing import Pairing
     from raydmd.training.session import Session
 
 STUDENT = "student"
@@ -55,6 +57,7 @@ class Job:
         real: what a discriminator takes for real, where the method has one.
         stop_at: cycles after which this invocation stops, resumable; ``None`` runs to the end.
         stop_file: stops the run when it exists.
+        pairing: noise-image pairs, where the method regresses to them.
     """
 
     recipe: Recipe
@@ -63,6 +66,7 @@ class Job:
     real: RealData | None = None
     stop_at: int | None = None
     stop_file: Path | None = None
+    pairing: Pairing | None = None
 
 
 class Worker:
@@ -92,6 +96,8 @@ class Worker:
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
         self._conditions, self._real = job.conditions, job.real
+        self._conditions, self._pairing = job.conditions, job.pairing
+        self._pairs: PairStream | None = None
         self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0
         self._written = False
@@ -132,7 +138,8 @@ class Worker:
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a resumed run needs."""
-        return {**self.student.tensors(), **self.fake.tensors()}
+        pairs = self._pairing.tensors() if self._pairing else {}
+        return {**self.student.tensors(), **self.fake.tensors(), **pairs}
 
     def _train(self, phase: Phase, actors: Actors) -> bool:
         """Run cycles until the phase ends, or the run must stop or go back; returns whether the phase ended."""
@@ -251,6 +258,7 @@ class Worker:
                 (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
             )
         )
+        self._pairs = self._pairing.stream(self.recipe, self.session, now.attempt) if self._pairing else None
 
     def _enter(self, phase: Phase, students: dict[str, Denoiser]) -> None:
         """Make the roles of a phase: its student experts go on, its fake score starts from the teacher."""
@@ -322,6 +330,8 @@ class Worker:
             agree=self._agree,
             mean=self._mean,
             adversary=build_adversary(self.recipe.method.gan, self.fake, self.family.process, self._real),
+            pairs=self._pairs,
+            distance=self._pairing.distance if self._pairing else None,
         )
 
     def _mean(self, value: Tensor) -> Tensor:

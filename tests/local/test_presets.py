@@ -11,17 +11,23 @@ from safetensors.torch import save_file
 
 from raydmd.data.real import inspect, load_real, prepare
 from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.pairs.make import begin, make_pairs
+from raydmd.pairs.origin import folder_of, origin_of
 from raydmd.recipe import Recipe, derive
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.training.events import EventLog
 from raydmd.training.export import export, load_student
+from raydmd.training.pairing import Pairing, check_pairs, open_pairs
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from raydmd.models.base import Family
+    from raydmd.serving.client import Client
 
 pytestmark = pytest.mark.local
 PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
@@ -46,9 +52,24 @@ def recipe(output: Path, method: dict) -> Recipe:
     )
 
 
+def pairing(r: Recipe, family: Family, teacher: Client) -> Pairing | None:
+    """Pairs made here, checked and opened as a run does."""
+    if r.method.regression is None:
+        return None
+    folder = folder_of(r)
+    folder.mkdir()
+    manifest = begin(folder, origin_of(r, family, PROMPTS, 6, shard=4), "", PROMPTS)
+    make_pairs(folder, manifest, len(PROMPTS), teacher, ahead=1)
+    prompts = check_pairs(r, family)
+    assert prompts == PROMPTS
+    return open_pairs(r, family, family.encode(prompts, r.output / "conditions"), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "method",
     [
+        {"name": "dmd", "regression": {"loss": "l2", "steps": 4}},
+        {"name": "dmd", "steps": 2, "regression": {"loss": "ssim", "steps": 4, "frames": 2, "resample": 0.5}},
         {"name": "dmd2"},
         {"name": "phased"},
         {"name": "decoupled"},
@@ -75,16 +96,12 @@ def test_a_method_trains_and_exports(tmp_path, method):
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
     session = FolderSession(r.folder)
-    worker = Worker(
-        Job(recipe=r, family=family, conditions=table, real=real),
-        teacher,
-        session,
-        EventLog(r.folder / "events.jsonl"),
-        rewards,
-    )
+    job = Job(recipe=r, family=family, conditions=table, real=real, pairing=pairing(r, family, teacher))
+    worker = Worker(job, teacher, session, EventLog(r.folder / "events.jsonl"), rewards)
     assert worker.run() == "finished"
     rows = [row for row in session.reports if "student/gradient" in row]
     assert all(row["student/gradient"] > 0 for row in rows)
+    assert all((row.get("student/regression", 0) > 0) == (r.method.regression is not None) for row in rows)
     assert all(("gan/student" in row) == ("gan/r1" in row) == (r.method.gan is not None) for row in rows)
     assert all(("student/reward" in row) == (r.method.adapt is not None) for row in rows)
     student = load_student(r, family, max(r.folder.glob("cycle-*final")))
@@ -92,7 +109,7 @@ def test_a_method_trains_and_exports(tmp_path, method):
         source = "transformer" if expert == "transformer" else "transformer_2"
         start = dict(family.denoiser(source, dtype=torch.float32).network.named_parameters())
         moved = [n for n, p in denoiser.network.named_parameters() if not torch.equal(p, start[n])]
-        assert moved or r.method.name == "dmd2", expert
+        assert moved or r.method.name in ("dmd", "dmd2"), expert
     export(r, family, student, r.folder)
     pipeline = WanPipeline.from_pretrained(r.folder / "pipeline")
     assert pipeline.scheduler.config.stochastic_sampling == (r.method.solver == "renoise")

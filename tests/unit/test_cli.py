@@ -48,6 +48,33 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, int | None]]:
     return seen
 
 
+def test_pairs_takes_a_recipe_and_a_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    seen: list[tuple[object, ...]] = []
+    module = types.ModuleType("raydmd.training.make_pairs")
+    module.__dict__["make"] = lambda recipe, count, folder, *, shard: seen.append((recipe, count, folder, shard)) or 0
+    monkeypatch.setitem(sys.modules, "raydmd.training.make_pairs", module)
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: {name: dmd}\n")
+    words = ["--count", "10", "--output", "p", "--shard", "2", "method.regression.steps=7", "--seed", "4"]
+    code, _, err = call(main, "pairs", str(file), *words)
+    assert (code, err) == (0, "")
+    ((recipe, count, folder, shard),) = seen
+    assert isinstance(recipe, Recipe)
+    assert recipe.method.regression is not None
+    assert (recipe.method.regression.steps, recipe.seed, count, str(folder), shard) == (7, 4, 10, "p", 2)
+    for words, says in (
+        ([str(file)], "how many pairs"),
+        (["--count", "3"], "which recipe"),
+        ([str(file), "--count", "3", "--shart", "2"], "unknown flag '--shart'"),
+        ([str(tmp_path / "no.yaml"), "--count", "3"], "no.yaml"),
+    ):
+        code, _, err = call(main, "pairs", *words)
+        assert code == 2
+        assert says in err
+
+
 def _training(monkeypatch: pytest.MonkeyPatch, act: Callable[[Recipe, int | None], int | None]) -> None:
     module = types.ModuleType("raydmd.training.run")
     module.__dict__["run"] = lambda recipe, *, max_cycles=None: act(recipe, max_cycles)

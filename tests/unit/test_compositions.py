@@ -9,9 +9,10 @@ from torch import nn
 from raydmd.draws import Draws
 from raydmd.methods.phases import Window
 from raydmd.methods.presets import build_method
+from raydmd.methods.regression import Pairs
 from raydmd.methods.terms import Answer, Query
 from raydmd.models.base import Experts, Routing
-from raydmd.objectives.auxiliary import anchor_target, moments_loss
+from raydmd.objectives.auxiliary import anchor_target, moments_loss, paired_l2
 from raydmd.objectives.decoupled import adapted_weights, advantage, augmentation_direction, sharpening_weights
 from raydmd.process import RectifiedFlow, VariancePreserving
 from raydmd.recipe_method import Method
@@ -307,3 +308,81 @@ def test_presets_hold_the_papers_settings():
     assert Method(name="decoupled").decouple.schedule == "hybrid"
     assert Method(name="dmd2").solver == "renoise"
     assert Method(name="phased").boundaries == (0.875,)
+    dmd = Method(name="dmd")
+    assert (dmd.steps, dmd.normaliser, dmd.times, dmd.regression.loss) == (1, "distance", (0.02, 0.98), "lpips")
+    assert dmd.regression.weight == Method(name="dmd", regression={"loss": "l2"}).regression.weight == 0.25
+    assert Method(name="dmd", regression=None).regression is None
+
+
+def pairs(noise, target, cond, update="0/pairs"):
+    return Pairs(noise=noise, target=target, cond=cond, draws=draws(update, len(noise)), indices=(0,) * len(noise))
+
+
+def test_dmd_without_its_regression_s_weight_is_one_step_dmd2():
+    dmd, dmd2 = built(name="dmd", regression={"weight": 0.0}), built(name="dmd2", steps=1)
+    (phase,) = dmd.phases
+    for i in range(3):
+        ours, sample = student_gradients(dmd, phase, f"{i}/student")
+        theirs, _ = student_gradients(dmd2, dmd2.phases[0], f"{i}/student")
+        assert sample.entered == 1.0
+        assert ours["transformer"].abs().sum() > 0
+        for name, gradient in theirs.items():
+            assert gradient is None if ours[name] is None else torch.equal(ours[name], gradient)
+    assert not dmd.regresses(0.0)
+    assert not dmd2.regresses(0.0)
+    ramp = built(name="dmd", regression={"weight": {"start": 1.0, "end": 0.0, "until": 0.5}})
+    assert [ramp.regresses(p) for p in (0.0, 0.4, 0.5)] == [True, True, False]
+
+
+def test_the_regression_s_gradient_in_closed_form():
+    """One step from noise z: x = z - v with v = a z + b + c h, so d(w mean (x - y)^2)/da = w mean(-2 (x - y) z)."""
+    method, student = built(name="dmd", regression={"loss": "l2", "weight": 0.25}), experts(0)
+    noise, target, cond = torch.randn(4, *LATENT), torch.randn(4, *LATENT), torch.randn(4, 1, 2)
+    (phase,) = method.phases
+    loss, errors = method.paired_loss(student, pairs(noise, target, cond), paired_l2, phase, LATENT, 0.0)
+    loss.backward()
+    heard = cond.mean((1, 2)).view(-1, 1, 1)
+    weight = student.modules["transformer"].weight
+    with torch.no_grad():
+        off = noise - (weight[0] * noise + weight[1] + weight[2] * heard) - target
+    torch.testing.assert_close(errors, off.square().mean((1, 2)))
+    torch.testing.assert_close(loss, 0.25 * off.square().mean())
+    expected = torch.stack([(0.25 * -2 * off * v).mean() for v in (noise, torch.ones_like(noise), heard)])
+    torch.testing.assert_close(weight.grad, expected)
+    assert student.modules["transformer_2"].weight.grad is None
+
+    x = torch.randn(4, *LATENT, dtype=F64, requires_grad=True)
+    y = torch.randn(4, *LATENT, dtype=F64)
+    (gradient,) = torch.autograd.grad(0.25 * paired_l2(x, y).mean(), x)
+    torch.testing.assert_close(gradient, 0.25 * 2 * (x - y).detach() / x.numel())
+
+
+def test_a_student_of_more_steps_regresses_from_its_exit_step():
+    method, student = built(name="dmd", steps=3, regression={"loss": "l2"}), experts(0)
+    noise, cond = torch.randn(4, *LATENT), torch.ones(4, 1, 2)
+    (phase,) = method.phases
+    for i in range(5):
+        batch = pairs(noise, torch.zeros_like(noise), cond, f"{i}/pairs")
+        loss, _ = method.paired_loss(student, batch, paired_l2, phase, LATENT, 0.0)
+        sample = method.rollout(student, cond, batch.draws, phase, LATENT, grad=False, noise=noise)
+        assert torch.equal(sample.noise, noise)
+        torch.testing.assert_close(loss.detach(), 0.25 * sample.x.square().mean())
+    with pytest.raises(ValueError, match="has no regression"):
+        built(name="dmd2").paired_loss(student, batch, paired_l2, phase, LATENT, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "phased", "regression": {}}, "regression compares clean samples"),
+        ({"name": "dmd2", "regression": {}}, "solver=renoise leads it to many"),
+        ({"name": "dmd", "regression": {"loss": "l2", "frames": 2}}, "frames does nothing with loss=l2"),
+        ({"name": "dmd", "regression": {"loss": "ssim", "weights": "x"}}, "weights does nothing with loss=ssim"),
+        ({"name": "dmd", "regression": {"loss": "l2", "side": 8}}, "side does nothing with loss=l2"),
+        ({"name": "dmd", "regression": {"resample": 1.5}}, "less than or equal to 1"),
+        ({"name": "dmd", "regression": {"weigth": 1.0}}, "weigth"),
+    ],
+)
+def test_regressions_that_cannot_work_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Method(**settings)
