@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format
+.PHONY: help install demo test methods lint format
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its re
 
 test: $(READY) ## install, then run every test: unit, local, ray, chaos
 	$(BIN)/python -m pytest
+
+methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and more)
+	$(BIN)/python benchmarks/methods.py
 
 lint: $(READY) ## ruff, mypy --strict, docstrings
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
 evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates, batch and seeds.
 Compared is with the teacher at full steps on other noise. Results of finished runs are kept in
-``--output/methods/`` and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
+``--output/methods/`` by their settings and the commit, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,7 +23,9 @@ from typing import Any
 HERE = Path(__file__).parent
 VARIANTS: dict[str, dict[str, Any]] = {
     "dmd2": {"name": "dmd2"},
+    "dmd2, not normalised": {"name": "dmd2", "normaliser": "none"},
     "phased": {"name": "phased"},
+    "phased, normalised": {"name": "phased", "normaliser": "distance"},
     "decoupled (hybrid)": {"name": "decoupled"},
     "decoupled, constrained": {"name": "decoupled", "decouple": {"schedule": "constrained"}},
     "decoupled, full": {"name": "decoupled", "decouple": {"schedule": "full"}},
@@ -41,11 +44,9 @@ COLUMNS = {
     "diversity": ("diversity", "{:.3f}"),
     "flow": ("flow", "{:.2f}"),
     "saturation": ("saturation", "{:.3f}"),
-    "reward": ("held-out reward", "{:.3f}"),
-    "low_reward": ("low-reward share", "{:.3f}"),
 }
 TEACHER, REFERENCE, UNDISTILLED = "teacher", "reference", "undistilled"
-PROBE = 6
+PROBE = 12
 """Cycles over which a variant's network evaluations are counted before it trains."""
 
 
@@ -100,9 +101,16 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, str, int]]) -> None:
 
 def result_file(args: argparse.Namespace, model: str, variant: str, seed: int) -> Path:
     """Where the figures of a run are kept; its settings are part of the name."""
-    settings = f"{args.evaluations:g}-{args.batch}-{args.guidance:g}-{args.samples}"
+    settings = f"{args.evaluations:g}-{args.batch}-{args.guidance:g}-{args.samples}-{commit()}"
     name = variant.replace(" ", "-").replace(",", "").strip("()")
     return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{settings}.json"
+
+
+@cache
+def commit() -> str:
+    """The commit that is measured, with a mark if files differ from it."""
+    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
@@ -136,8 +144,9 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
         judge = AttributeJudge.load(place.judge)
         texts = evaluation_prompts(args.samples, seed=recipe.evaluation.seed)
         prompts = place.prompts.read_text(encoding="utf-8").splitlines()
-        unique = list(dict.fromkeys([*prompts, *texts]))
-        table = load_conditions(family.encode(unique, Path(scratch) / "conditions"))
+        table = load_conditions(family.encode(prompts, Path(scratch) / "conditions"))
+        unique = list(dict.fromkeys(texts))
+        asked = load_conditions(family.encode(unique, Path(scratch) / "conditions"))
         rows = [1 + unique.index(t) for t in texts]
         teacher = load_teacher(family, "fp32", device=device)
         few, full = step_grid(recipe.method.steps, recipe.method.shift), step_grid(40, recipe.method.shift)
@@ -145,7 +154,7 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
 
         def sampled(name: str, experts: Any, grid: list[float], guidance: Guidance, **options: Any) -> Samples:
             made = Sampler(name, name, experts, grid, guidance, **options)
-            return made.run(recipe, family, table, rows, texts, device)
+            return made.run(recipe, family, asked, rows, texts, device)
 
         if variant == TEACHER:
             made = [
@@ -159,30 +168,33 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
             return
         session = FolderSession(recipe.folder, device)
         asks = LocalClient(TeacherEngine(teacher, table))
-        rewards = LocalClient(load_reward_engine(recipe, unique, args.device)) if recipe.method.adapt else None
+        rewards = LocalClient(load_reward_engine(recipe, prompts, args.device)) if recipe.method.adapt else None
 
-        def train(cycles: int, folder: Path) -> Any:
-            sized = recipe.model_copy(update={"training": recipe.training.model_copy(update={"cycles": cycles})})
+        def train(cycles: int, warmup: int, folder: Path) -> Any:
+            given = {"cycles": cycles, "fake_warmup": warmup}
+            sized = recipe.model_copy(update={"training": recipe.training.model_copy(update=given)})
             session.folder = folder
             folder.mkdir(parents=True, exist_ok=True)
             job = Job(recipe=sized, family=family, conditions=table)
             Worker(job, asks, session, EventLog(folder / "events.jsonl"), rewards).run()
             return load_student(sized, family, max(folder.glob("cycle-*final")))
 
-        network = type(next(iter(teacher.modules.values())).network)
-        count = Counter(network, args.batch)
+        count = Counter(type(next(iter(teacher.modules.values())).network), args.batch)
         with count:
-            train(PROBE, Path(scratch) / "probe")
-        phases = 1 + len(recipe.method.boundaries)
-        warm = 3.0 * recipe.training.fake_warmup * phases  # of which the probe has counted as many as a run has
-        cycles = max(phases, math.floor(args.evaluations / max((count.total - warm) / PROBE, 1.0)))
-        student = student_experts(recipe, family, train(cycles, recipe.folder))
+            train(PROBE, 0, Path(scratch) / "probe")
+        phases, warmup = 1 + len(recipe.method.boundaries), recipe.training.fake_warmup
+        per_cycle = count.total / PROBE
+        with count:
+            train(phases, warmup, Path(scratch) / "warm")
+        warm = count.total - (PROBE + phases) * per_cycle  # all phases' warm-up; the run below has the same
+        cycles = max(phases, math.floor((args.evaluations - warm) / per_cycle))
+        student = student_experts(recipe, family, train(cycles, warmup, recipe.folder))
         for module in student.modules.values():
             module.to(device)
         made = sampled("student", student, few, plain, renoise=solver(recipe) == "renoise")
         reference, floor, *_ = torch.load(clips, weights_only=False)
         row = evaluate(reference, floor, [made], judge).row("student")
-        row |= {"cycles": cycles, "per_cycle": (count.total - warm) / PROBE}
+        row |= {"cycles": cycles, "per_cycle": per_cycle, "warm_up": warm}
         out.write_text(json.dumps(row, indent=1))
 
 

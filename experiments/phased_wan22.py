@@ -7,7 +7,7 @@ weights with the paper's settings.
 from pathlib import Path
 
 from raydmd.cli import experiment
-from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Evaluation, Lora, Model, Placement, Recipe, Role, Training, derive
 from raydmd.recipe_method import Method
 
 PAPER = Recipe(
@@ -24,7 +24,10 @@ PAPER = Recipe(
         sharding="fsdp",
         gradient_checkpointing=True,
     ),
-    placement=Placement(workers=64, teachers=8, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1),
+    evaluation=Evaluation(samples=8, batch=1, grid=4),
+    placement=Placement(
+        workers=64, teachers=8, batch_items=2, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1
+    ),
 )
 
 # Half a million parameters an expert instead of 14 billion: full fine-tuning, at the rates that such a size needs.
@@ -48,6 +51,7 @@ ZOO = derive(
             "decay": 0.4,
         },
         "placement": Placement(workers=2).model_dump(),
+        "evaluation": Evaluation().model_dump(),
     },
 )
 

@@ -189,21 +189,24 @@ def _gan_can_train(gan: Gan | None, training: Training) -> None:
         )
 
 
-def _monitor_can_act(m: Monitor, training: Training) -> None:
+def _monitor_can_act(m: Monitor, training: Training, phases: int) -> None:
     if m.action == "warn":
         return
-    if training.cycles < m.settle + m.patience:
+    split = training.phase_split or (1.0,) * phases
+    longest = ceil(training.cycles * max(split) / sum(split))
+    if longest < m.settle + m.patience:
         raise ValueError(
-            f"monitor.action={m.action} can't happen within training.cycles={training.cycles}: no alarm comes before "
-            f"{m.settle + m.patience} cycles (monitor.settle + monitor.patience)"
+            f"monitor.action={m.action} can't happen: the longest phase has {longest} cycles and no alarm comes before "
+            f"{m.settle + m.patience} cycles of one (monitor.settle + monitor.patience)"
         )
     if m.action == "raise_ratio" and not training.fake_updates:
         raise ValueError("monitor.action=raise_ratio does nothing with training.fake_updates=0")
-    if m.action == "rollback" and 2 * training.checkpoint_every < m.lookback:
-        raise ValueError(
-            f"monitor.action=rollback looks back {m.lookback} cycles, but of the checkpoints three are kept: "
-            f"training.checkpoint_every={training.checkpoint_every} must be at least {ceil(m.lookback / 2)}"
-        )
+
+
+def _rewards_are_asked(method: Method, placement: Placement) -> None:
+    for key in ("rewards", "reward", "reward_cpus", "reward_gpus"):
+        if method.adapt is None and getattr(placement, key) != Placement.model_fields[key].default:
+            raise ValueError(f"placement.{key} does nothing without method.adapt, which asks the rewards")
 
 
 class Recipe(Section):
@@ -248,13 +251,21 @@ class Recipe(Section):
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
         _gan_can_train(self.method.gan, self.training)
-        _monitor_can_act(self.monitor, self.training)
+        _monitor_can_act(self.monitor, self.training, phases)
+        _rewards_are_asked(self.method, self.placement)
         return self
 
     @property
     def folder(self) -> Path:
         """Where everything of this run is kept."""
         return self.output.expanduser().absolute() / self.name
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """How many of the last checkpoints stay: three, or what a rollback looks back to and some of stops."""
+        if self.monitor.action != "rollback":
+            return 3
+        return ceil(self.monitor.lookback / self.training.checkpoint_every) + 5
 
     def to_yaml(self) -> str:
         """The recipe, resolved, as YAML that :func:`load` reads back."""

@@ -31,6 +31,7 @@ from raydmd.recipe_types import (
 
 FLOOR = 1e-3
 CAP = 10.0
+LEAST_TIME = 1e-3
 Schedule = Literal["coupled", "full", "constrained", "hybrid"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,7 +89,8 @@ class Anchor(Section):
     shift: Positive | None = None
     """Of the teacher's own grid; default: ``method.shift``."""
     detach: bool = True
-    """Keep the other terms' gradient out of the first step; ``false`` is the paper's ablation."""
+    """Keep the other terms' gradient out of the first step; ``false`` is the paper's ablation, in full with
+    ``rollout: unroll`` alone: a simulated rollout has a gradient at its exit step only."""
 
     @model_validator(mode="after")
     def _within_the_grid(self) -> Self:
@@ -215,6 +217,13 @@ class Method(Section):
             raise ValueError(
                 f"anchor trains the first step alone and {where} a single one, so nothing is left for matching; "
                 "use more steps or anchor.detach=false"
+            )
+        for name, term in (("anchor", self.anchor), ("moments", self.moments)):
+            if term and not ever_positive(term.weight):
+                raise ValueError(f"{name}.weight=0 does nothing; leave {name} out")
+        if self.normaliser == "none" and min(self.times[0], (self.times_end or self.times)[0]) < LEAST_TIME:
+            raise ValueError(
+                f"normaliser=none weighs by 1/t^2 towards low noise: times must start at {LEAST_TIME} or above"
             )
         if self.decouple and self.guidance == 1 and ever_positive(self.decouple.augment):
             raise ValueError("decouple.augment does nothing at guidance=1, where there is no guidance to augment with")

@@ -109,7 +109,8 @@ class Adaptation:
 
     def fake_weights(self, rewards: Tensor) -> Tensor:
         """Weights of the fake score's loss, ``(B,)``, mean 1."""
-        return sharpening_weights(self.advantage(rewards), strength=self.fake_strength, clip=self.clip)
+        a = self.advantage(rewards)
+        return sharpening_weights(a, group=self.group, strength=self.fake_strength, clip=self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ class Method:
         """The fake score's regression on a sample of the current student.
 
         Returns:
-            The loss, the unweighted error per sample ``(B,)``, and the times ``(B,)`` it was taken at.
+            The loss, the error per sample ``(B,)`` before rewards weigh it, and the times ``(B,)`` it was taken at.
         """
         t, _ = phase.fake.draw(draws, "fake.time")
         noise = draws.normal("fake.noise", sample.x.shape[1:])
@@ -167,10 +168,12 @@ class Method:
         x_t = self.process.renoise(x_s, noise, sample.s, t)
         target = subinterval_target(self.process, self.prediction, x_s, noise, sample.s, t)
         weight = subinterval_weight(self.process, sample.s, t, cap=self.fake_weight_cap)
+        seen = weight
         if self.adaptation and rewards is not None:
             weight = weight * self.adaptation.fake_weights(rewards)
         loss, error = regression(fake.raw(x_t, t, cond), target, weight)
-        return loss, error, t
+        # Without its weight the error near a phase's end is mostly the target's own variance.
+        return loss, seen * error, t
 
     def generator_loss(
         self,

@@ -70,14 +70,15 @@ def adapted_weights(a: Tensor, *, strength: float, clip: float) -> tuple[Tensor,
     return 1.0 - moved, 1.0 + moved
 
 
-def sharpening_weights(a: Tensor, *, strength: float, clip: float) -> Tensor:
-    """Weights of the fake score's loss per sample, mean 1: more for samples with a low reward.
+def sharpening_weights(a: Tensor, *, group: int, strength: float, clip: float) -> Tensor:
+    """Weights of the fake score's loss per sample, mean 1 in each group: more for samples with a low reward.
 
     AMD's repulsive landscape sharpening (arXiv:2602.07345, section 3.3); its formula is unknown to us, and
-    ``1 - s a`` over its mean is this project's reading. Strength 0 is the ordinary loss.
+    ``1 - s a`` over its mean is this project's reading; the mean is a group's, so that the weights do not depend
+    on how a batch is spread over workers. Strength 0 is the ordinary loss.
     """
-    weights = 1.0 - strength * a / clip
-    return weights / weights.mean().clamp(min=1e-6)
+    weights = (1.0 - strength * a / clip).view(-1, group)
+    return (weights / weights.mean(1, keepdim=True).clamp(min=1e-6)).flatten()
 
 
 def per_sample(weights: Tensor, gradient: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raydmd.errors import InputError
+from raydmd.errors import InputError, NonFiniteError
 from raydmd.methods.terms import Answer
 from raydmd.models import load_family
 from raydmd.models.places import locate
@@ -46,16 +46,18 @@ class RewardEngine(Engine):
         """See :class:`~raydmd.serving.engine.Engine`."""
         for request in requests:
             self._check(request)
-        ids = [row for r in requests for row in r.conditions]
+        prompts = [self._prompts[row] for r in requests for row in r.conditions]
+        ids = [f"{r.name} sample {i}" for r in requests for i in range(len(r.conditions))]
         pixels = self._family.decode(torch.cat([r.x_t for r in requests]).to(self._device))
-        rewards = self._reward.score(pixels, [self._prompts[i] for i in ids], ids)
+        rewards = self._reward.score(pixels, prompts, ids)
         parts = torch.split(rewards.float(), [len(r.conditions) for r in requests])
         return [Answer(value=part.to(r.x_t.device)) for r, part in zip(requests, parts, strict=True)]
 
     def warm_up(self) -> None:
         """See :class:`~raydmd.serving.engine.Engine`."""
         shape = self._family.shape().latent
-        self.answer([RewardRequest(x_t=torch.zeros(1, *shape), conditions=(0,), name="warm-up")])
+        # Not row 0: nothing is ever made for the negative prompt, and a reward need not know it.
+        self.answer([RewardRequest(x_t=torch.zeros(1, *shape), conditions=(1,), name="warm-up")])
 
     def _check(self, request: Request) -> None:
         shape, size = self._family.shape().latent, request.x_t.shape[0]
@@ -67,6 +69,9 @@ class RewardEngine(Engine):
         wrong = [row for row in request.conditions if not 0 <= row < len(self._prompts)]
         if wrong:
             raise InputError(f"request {request.name!r}: conditions {wrong} are not among {len(self._prompts)} prompts")
+        bad = (~torch.isfinite(request.x_t).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(f"request {request.name!r}: latents of samples {bad} are not finite")
 
 
 def load_reward_engine(recipe: recipes.Recipe, prompts: Sequence[str], device: str) -> RewardEngine:

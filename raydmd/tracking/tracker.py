@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
 STEP = "cycle"
+ATTEMPT = "monitor/attempt"
 
 
 class Tracker:
@@ -37,8 +38,10 @@ class Tracker:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client = client
         self.run_id = run_id
-        history = client.get_metric_history(run_id, STEP)
-        self._logged = max((m.step for m in history), default=-1)
+        # After a rollback the same cycles come again, as another attempt.
+        attempts = [(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)]
+        cycles = [(0, m.step) for m in client.get_metric_history(run_id, STEP)]
+        self._logged = max([*attempts, *cycles], default=(0, -1))
 
     @classmethod
     def open(cls, recipe: Recipe, tags: Mapping[str, str]) -> Tracker:
@@ -87,11 +90,12 @@ class Tracker:
         now = int(time.time() * 1000)
         for row in rows:
             step = int(row[STEP])
-            if step <= self._logged:
+            place = (int(row.get(ATTEMPT, self._logged[0])), step)
+            if place <= self._logged:
                 continue
             metrics = [Metric(_key(k), float(v), now, step) for k, v in row.items() if isinstance(v, int | float)]
             self._client.log_batch(self.run_id, metrics=metrics)
-            self._logged = step
+            self._logged = place
 
     def results(self, figures: Mapping[str, float], artifacts: Sequence[Path]) -> None:
         """Write the evaluation's figures and the files that belong to the run."""

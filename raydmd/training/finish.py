@@ -228,5 +228,8 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     for row in read_lines(path):
         for key in ("fake/loss", "student/gradient", "student/x0_std", "teacher/x0_std"):
             if key in row:
-                curves.setdefault(key, []).append((int(row["cycle"]), float(row[key])))
+                curve = curves.setdefault(key, [])
+                while curve and curve[-1][0] >= row["cycle"]:  # of an attempt that was rolled back
+                    curve.pop()
+                curve.append((int(row["cycle"]), float(row[key])))
     return curves

@@ -103,6 +103,8 @@ class Follower:
         rows, self._offset = read_from(self._path, before)
         shown = [r for r in rows if "fake/loss" in r and r["time"] >= self._start]
         for row in shown:
+            if self._rates and row["cycle"] < self._rates[-1][1]:  # rolled back
+                self._rates = []
             self._rates = [*self._rates[-20:], (row["time"], row["cycle"])]
         if shown:
             line = progress_line(shown[-1], self._recipe, self._rates)

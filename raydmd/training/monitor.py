@@ -39,11 +39,13 @@ class Alarm:
         kind: the signal under the highest pressure, named like its limit in the recipe.
         message: what is measured, of every signal that fired, and against what.
         action: what to do about it.
+        measures: those before the action.
     """
 
     kind: str
     message: str
     action: Action
+    measures: Measures
 
 
 @dataclass
@@ -152,11 +154,16 @@ class Monitor:
         s, action = self._settings, self._settings.action
         if action not in ("warn", "stop") and self.measures.actions >= s.limit:
             action, message = "stop", f"{message} (after monitor.limit={s.limit} actions)"
+        alarm = Alarm(kind, message, action, self.measures)
         if action == "stop":
-            # A resumed run gets as many rows again: it goes on if things are well by then.
-            self.memory.streak, self.memory.calm, self.memory.raised = {}, {}, {}
+            self.stopped(alarm)
         self.measures = self.measures.after(action, s)
-        return Alarm(kind, message, action)
+        return alarm
+
+    def stopped(self, alarm: Alarm) -> None:
+        """The run stops for an alarm: nothing of its action has happened, and a resumed run gets as many rows again."""
+        self.measures = alarm.measures
+        self.memory.streak, self.memory.calm, self.memory.raised = {}, {}, {}
 
     def _remember(self, row: Mapping[str, float]) -> None:
         m, s = self.memory, self._settings

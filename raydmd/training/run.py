@@ -69,7 +69,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     quiet()
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
-    experts = len(getattr(recipe.method, "boundaries", ())) + 1
+    experts = len(recipe.method.boundaries) + 1
     if experts > family.max_experts:
         raise InputError(
             f"method.boundaries makes {experts} phases with an expert each, "
@@ -201,7 +201,7 @@ def train(
                     max_failures=t.max_failures,
                     controller_failure_limit=t.max_failures,  # type: ignore[call-arg]  # typed as v1
                 ),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoints_kept),
                 callbacks=[MetricsFile(folder / "metrics.jsonl")],  # type: ignore[list-item]  # typed as Tune's
             ),
         )
@@ -340,7 +340,13 @@ def stop_on_signals(folder: Path) -> Iterator[None]:
 
 
 def trained(folder: Path) -> Path | None:
-    """The final checkpoint, if training is done."""
+    """The final checkpoint, if training is done.
+
+    Ray Train uploads it file by file, so that it is there says little; the worker's last event, written once all of
+    it had arrived, does.
+    """
+    if not any(e["event"] == "finished" for e in read_lines(folder / "events.jsonl")):
+        return None
     return next((p.parent for p in (folder / "train").glob("*-final/progress.json")), None)
 
 

@@ -202,6 +202,7 @@ class Worker:
             if folder is None:
                 message = f"{alarm.message} (no checkpoint of cycle {before} or earlier is kept to roll back to)"
                 self._alarm = replace(alarm, action="stop", message=message)
+                self.watch.monitor.stopped(alarm)
                 if ended := self.cycle == self.plan.ends[phase.index]:
                     self.student.settle()
                 self._save(ended=ended)
@@ -344,7 +345,7 @@ class Worker:
 
     def _warm_up(self, actors: Actors) -> None:
         warm = replace(actors, stream=self._warmup_stream, progress=lambda _: 0.0)
-        self.fake.set_rate(self.plan.rate(self.cycle) * self.watch.measures.rate)
+        self.fake.set_rate(self.watch.measures.rate)  # the plan's ramp is for the cycles
         for k in range(self.recipe.training.fake_warmup):
             update_fake(warm, actors.phase.index, f"warmup.{k}")
 

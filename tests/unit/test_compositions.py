@@ -11,6 +11,7 @@ from raydmd.methods.phases import Window
 from raydmd.methods.presets import build_method
 from raydmd.methods.regression import Pairs
 from raydmd.methods.terms import Answer, Query
+from raydmd.methods.weighing import alone
 from raydmd.models.base import Experts, Routing
 from raydmd.objectives.auxiliary import anchor_target, moments_loss, paired_l2
 from raydmd.objectives.decoupled import adapted_weights, advantage, augmentation_direction, sharpening_weights
@@ -242,9 +243,19 @@ def test_an_advantage_compares_samples_of_one_prompt():
     torch.testing.assert_close(match, torch.tensor([1.25, 0.75, 1.0, 1.0], dtype=F64))
     torch.testing.assert_close(augment, 2 - match)
     assert adapted_weights(torch.tensor([-2.0, 2.0]), strength=0.5, clip=2.0)[0].tolist() == [1.5, 0.5]
-    weights = sharpening_weights(a, strength=1.0, clip=2.0)
+    weights = sharpening_weights(a, group=2, strength=1.0, clip=2.0)
     assert weights[0] > weights[2] > weights[1]
-    assert float(weights.mean()) == pytest.approx(1.0)
+    torch.testing.assert_close(weights.view(-1, 2).mean(1), torch.ones(2, dtype=F64))
+
+
+def test_what_amd_weighs_does_not_depend_on_how_a_batch_is_spread_over_workers():
+    rewards = torch.tensor([0.0, 9.0, 9.1, 9.2, 5.0, 1.0, 2.0, 3.0], dtype=F64)
+    weigh = built(name="amd", adapt={"group": 4, "clip": 0.5}).adaptation.fake_weights
+    torch.testing.assert_close(weigh(rewards), torch.cat([weigh(half) for half in rewards.chunk(2)]))
+
+
+def test_a_group_needs_company():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0], dtype=F64)
     with pytest.raises(ValueError, match=r"a group of 1 sample"):
         advantage(rewards, group=1, clip=1.0, epsilon=1e-4)
     with pytest.raises(ValueError, match="no whole number of groups of 3"):
@@ -339,7 +350,8 @@ def test_the_regression_s_gradient_in_closed_form():
     method, student = built(name="dmd", regression={"loss": "l2", "weight": 0.25}), experts(0)
     noise, target, cond = torch.randn(4, *LATENT), torch.randn(4, *LATENT), torch.randn(4, 1, 2)
     (phase,) = method.phases
-    loss, errors = method.paired_loss(student, pairs(noise, target, cond), paired_l2, phase, LATENT, 0.0)
+    term, errors = method.paired_term(student, pairs(noise, target, cond), paired_l2, phase, LATENT)
+    loss = term.weighed(0.0, torch.zeros(()), alone)
     loss.backward()
     heard = cond.mean((1, 2)).view(-1, 1, 1)
     weight = student.modules["transformer"].weight
@@ -363,12 +375,13 @@ def test_a_student_of_more_steps_regresses_from_its_exit_step():
     (phase,) = method.phases
     for i in range(5):
         batch = pairs(noise, torch.zeros_like(noise), cond, f"{i}/pairs")
-        loss, _ = method.paired_loss(student, batch, paired_l2, phase, LATENT, 0.0)
+        term, _ = method.paired_term(student, batch, paired_l2, phase, LATENT)
+        loss = term.weighed(0.0, torch.zeros(()), alone)
         sample = method.rollout(student, cond, batch.draws, phase, LATENT, grad=False, noise=noise)
         assert torch.equal(sample.noise, noise)
         torch.testing.assert_close(loss.detach(), 0.25 * sample.x.square().mean())
     with pytest.raises(ValueError, match="has no regression"):
-        built(name="dmd2").paired_loss(student, batch, paired_l2, phase, LATENT, 0.0)
+        built(name="dmd2").paired_term(student, batch, paired_l2, phase, LATENT)
 
 
 @pytest.mark.parametrize(

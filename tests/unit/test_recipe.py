@@ -180,7 +180,9 @@ def test_aliases_lead_to_keys() -> None:
         (["monitor.action=stop", *(f"monitor.{k}=null" for k in SIGNALS)], "every limit is null"),
         (["monitor.action=stop", "training.cycles=59"], "no alarm comes before 60 cycles"),
         (["monitor.action=raise_ratio", "training.fake_updates=0"], "does nothing with training.fake_updates=0"),
-        (["monitor.action=rollback", "training.checkpoint_every=34"], "must be at least 35"),
+        (["placement.rewards=2"], "does nothing without method.adapt"),
+        (["method.anchor.weight=0"], "leave anchor out"),
+        (["method.times=[0, 0.9]"], "times must start at"),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:
@@ -223,3 +225,9 @@ def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(b"\xef\xbb\xbfseed: 4\n")
     assert load(file, Recipe()).seed == 4
+
+
+def test_a_rollback_s_checkpoints_are_kept() -> None:
+    assert Recipe().checkpoints_kept == 3
+    r = combine(Recipe(), overrides=["monitor.action=rollback", "training.checkpoint_every=20"])
+    assert r.checkpoints_kept > r.monitor.lookback / 20 + 1

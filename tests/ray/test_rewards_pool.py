@@ -1,0 +1,44 @@
+"""Rewards served by real replicas."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from raydmd.models import load_family
+from raydmd.recipe import Recipe, derive
+from raydmd.rewards.engine import load_reward_engine
+from raydmd.serving.local import LocalClient
+from raydmd.serving.messages import RewardRequest
+from raydmd.serving.pool import Pool, Replicas
+from raydmd.serving.pool_client import PoolClient
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
+
+
+def test_the_zoo_s_reward_in_a_pool_equals_the_local_one(tmp_path: Path) -> None:
+    recipe = derive(Recipe(output=tmp_path), {"model.path": "wan22-tiny", "method.name": "amd"})
+    shape = load_family(recipe.model).shape().latent
+    generator = torch.Generator().manual_seed(0)
+    request = RewardRequest(x_t=torch.randn(4, *shape, generator=generator), conditions=(1, 2, 3, 4), name="four")
+    expected = LocalClient(load_reward_engine(recipe, PROMPTS, "cpu")).submit(request).result().answer.value
+    path = str(Path(__file__).parents[2])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100_000_000,
+        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}},
+    )
+    try:
+        load = functools.partial(load_reward_engine, recipe, PROMPTS)
+        with Pool.start(Replicas(copies=1, cpus=0.1), load, deterministic=True, start_timeout=120) as pool:
+            answer = PoolClient(pool.client_spec(), "rank 0").submit(request).result().answer.value
+    finally:
+        ray.shutdown()
+    assert expected.shape == (4,)
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-6)
