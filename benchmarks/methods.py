@@ -3,7 +3,8 @@
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
 evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates, batch and seeds.
 Compared is with the teacher at full steps on other noise. Results of finished runs are kept in
-``--output/methods/`` by their settings and the commit, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
+``--output/methods/`` by their settings and the commit, and not repeated; table and figures go to
+``--output/methods.md`` and ``methods.json``.
 """
 
 from __future__ import annotations
