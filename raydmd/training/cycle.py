@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raydmd.methods.terms import Answer, Query
     from raydmd.methods.weighing import Mean, Term
     from raydmd.pairs.stream import PairStream
-    from raydmd.serving.client import Client
+    from raydmd.serving.client import Client, Pending
     from raydmd.training.roles import TrainedRole
     from raydmd.training.stream import Batch, Stream
 
@@ -117,8 +117,9 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     watch.lap("rollout")
 
     seen: dict[str, list[float]] = {}
-    for k in range(a.fake_updates):
-        for key, value in update_fake(a, cycle, f"fake.{k}").items():
+    # The student stands still meanwhile, so the next sample can be judged elsewhere while this one is learnt from.
+    for drawn in ahead(draw(a, cycle, f"fake.{k}") for k in range(a.fake_updates)):
+        for key, value in update_fake(a, drawn).items():
             seen.setdefault(key, []).append(value)
     metrics |= {key: sum(values) / len(values) for key, values in seen.items()}
     watch.lap("fake")
@@ -173,19 +174,49 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
 
 
-def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
-    """One update of the fake score on a fresh sample of the student as it is now."""
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A sample for one fake update.
+
+    Attributes:
+        cycle: that it belongs to.
+        purpose: its slot in the stream.
+        batch: positions, conditions and random numbers.
+        sample: of the student as it is now, without gradient.
+        judged: its rewards, where the method weighs the fake score's loss by them.
+    """
+
+    cycle: int
+    purpose: str
+    batch: Batch
+    sample: Sample
+    judged: Pending | None
+
+
+def draw(a: Actors, cycle: int, purpose: str) -> Drawn:
+    """Make a fake update's sample and have it judged."""
     batch = a.stream.batch(cycle, purpose)
     with torch.no_grad():
         sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=False)
-    rewards = _rewards(a, sample, batch, f"cycle {cycle} {purpose} reward")
+    asked = a.rewards if a.method.adapts_fake else None
+    judged = asked.submit(reward_request(sample, batch, f"cycle {cycle} {purpose} reward")) if asked else None
+    return Drawn(cycle=cycle, purpose=purpose, batch=batch, sample=sample, judged=judged)
+
+
+def update_fake(a: Actors, drawn: Drawn) -> dict[str, float]:
+    """One update of the fake score."""
+    batch, sample, cycle, metrics = drawn.batch, drawn.sample, drawn.cycle, {}
+    start = time.perf_counter()
+    rewards = _rewards(a, drawn)
+    if drawn.judged is not None:
+        metrics["reward/wait"] = time.perf_counter() - start
     loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase, rewards)
-    metrics = {"fake/loss": float(loss.detach())}
+    metrics["fake/loss"] = float(loss.detach())
     if a.adversary:
         more, found = a.adversary.critic_loss(sample, batch.cond, batch.draws, a.phase, t, a.progress(cycle))
         loss = loss if more is None else loss + more
         metrics |= found
-    metrics["fake/gradient"] = a.fake.update(loss, where=f"cycle {cycle}, {purpose}")
+    metrics["fake/gradient"] = a.fake.update(loss, where=f"cycle {cycle}, {drawn.purpose}")
     for key, low, high in zip(ERRORS, BANDS, BANDS[1:], strict=False):
         here = (t >= low) & (t < high)
         if here.any():
@@ -193,15 +224,26 @@ def update_fake(a: Actors, cycle: int, purpose: str) -> dict[str, float]:
     return metrics
 
 
-def _rewards(a: Actors, sample: Sample, batch: Batch, name: str) -> Tensor | None:
-    """Rewards of a fake update's sample, where the method weighs that loss by them."""
-    if a.rewards is None or not a.method.adapts_fake:
+def ahead(items: Iterable[Drawn]) -> Iterator[Drawn]:
+    """Each item, once the one after it has been made."""
+    last: Drawn | None = None
+    for item in items:
+        if last is not None:
+            yield last
+        last = item
+    if last is not None:
+        yield last
+
+
+def _rewards(a: Actors, drawn: Drawn) -> Tensor | None:
+    """Rewards of a fake update's sample; an error is raised by all ranks together."""
+    if drawn.judged is None:
         return None
     error: Exception | None = None
     rewards: Tensor | None = None
     try:
-        rewards = a.rewards.submit(reward_request(sample, batch, name)).result().answer.value
-    except Exception as e:  # raised by all ranks together
+        rewards = drawn.judged.result().answer.value
+    except Exception as e:
         error = e
     a.agree(error)
     return rewards

@@ -21,7 +21,7 @@ from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
-from raydmd.training.cycle import Actors, train_cycle, update_fake
+from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
 from raydmd.training.plan import CyclePlan
 from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
@@ -346,8 +346,9 @@ class Worker:
     def _warm_up(self, actors: Actors) -> None:
         warm = replace(actors, stream=self._warmup_stream, progress=lambda _: 0.0)
         self.fake.set_rate(self.watch.measures.rate)  # the plan's ramp is for the cycles
-        for k in range(self.recipe.training.fake_warmup):
-            update_fake(warm, actors.phase.index, f"warmup.{k}")
+        rounds = range(self.recipe.training.fake_warmup)
+        for drawn in ahead(draw(warm, actors.phase.index, f"warmup.{k}") for k in rounds):
+            update_fake(warm, drawn)
 
     def _save(self, row: dict[str, float] | None = None, *, ended: bool = False, student: bool = False) -> None:
         """Write a checkpoint; ``student`` adds the weights to export."""
