@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,19 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
         stochastic=solver(recipe) == "renoise",
     )
     (pipeline / "README.md").write_text(_card(recipe, family), encoding="utf-8")
-    return [*written, pipeline]
+    written.append(pipeline)
+    for path in written:
+        readable(path)
+    return written
+
+
+def readable(path: Path) -> None:
+    """Give files the permissions that any program's would have: safetensors keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def solver(recipe: Recipe) -> Solver:

@@ -23,7 +23,7 @@ from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
-from raydmd.training.export import export, load_student, solver, student_experts
+from raydmd.training.export import export, load_student, readable, solver, student_experts
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def save_contact(recipe: Recipe, family: Family, student: Samples, rows: list[in
         recipe.folder / CONTACT,
         metadata={"prompts": prompts, "text_length": str(family.text_length())},
     )
+    readable(recipe.folder / CONTACT)
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:

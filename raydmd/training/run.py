@@ -8,9 +8,7 @@ import functools
 import logging
 import os
 import platform
-import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ import torch
 import yaml
 
 from raydmd import __version__
-from raydmd.data.real import inspect, prepare
+from raydmd.data.real import Source, inspect, prepare
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
@@ -37,12 +35,12 @@ from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.pairing import check_pairs
 from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import WorkerConfig, train_loop
+from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
-    from raydmd.models.base import Experts
+    from raydmd.models.base import Experts, Family
     from raydmd.recipe import Recipe
 
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
@@ -90,31 +88,50 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         paired = None if trained(folder) else check_pairs(recipe, family)
         start = time.monotonic()
         connect()
+        stop = folder / "STOP"
+        stop.unlink(missing_ok=True)
         try:
-            check_room(recipe, living_nodes())
-            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            (folder / "STOP").unlink(missing_ok=True)
-            tracker = Tracker.open(recipe, versions())
-            cache = (recipe.data.cache or folder / "conditions").absolute()
-            conditions = family.encode(prompts, cache)
-            pairs = family.encode(paired, cache) if paired else None
-            try:
-                real = prepare(source, recipe.model, family, cache, print) if source else None
-                # A run that was trained but not evaluated goes on from there.
-                checkpoint = trained(folder) or train(
-                    recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real, pairs
-                )
-                figures, artifacts = finish(recipe, checkpoint, prompts, started=start)
-                publish(tracker, figures, artifacts)
-            except RunStopped:
-                tracker.end("KILLED")
-                raise
-            except BaseException:
-                tracker.end("FAILED")
-                raise
+            with stop_on_signals(stop):
+                conduct(recipe, family, prompts, paired, source, stop, max_cycles, start)
         finally:
             ray.shutdown()
     return DONE
+
+
+def conduct(
+    recipe: Recipe,
+    family: Family,
+    prompts: list[str],
+    paired: list[str] | None,
+    source: Source | None,
+    stop: Path,
+    max_cycles: int | None,
+    start: float,
+) -> None:
+    """The run from the room check to its report, on the cluster that this process is connected to."""
+    folder = recipe.folder
+    check_room(recipe, living_nodes())
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    tracker = Tracker.open(recipe, versions())
+    try:
+        cache = (recipe.data.cache or folder / "conditions").absolute()
+        conditions = family.encode(prompts, cache)
+        pairs = family.encode(paired, cache) if paired else None
+        real = prepare(source, recipe.model, family, cache, print) if source else None
+        if stop.exists():
+            raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
+        # A run that was trained but not evaluated goes on from there.
+        checkpoint = trained(folder) or train(
+            recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real, pairs
+        )
+        figures, artifacts = finish(recipe, checkpoint, prompts, stop, started=start)
+        publish(tracker, figures, artifacts)
+    except RunStopped:
+        tracker.end("KILLED")
+        raise
+    except BaseException:
+        tracker.end("FAILED")
+        raise
 
 
 def publish(tracker: Tracker, figures: dict[str, float], artifacts: list[Path]) -> None:
@@ -208,9 +225,8 @@ def train(
         events = folder / "events.jsonl"
         seen = sum(1 for _ in read_lines(events))
         follower = stack.enter_context(Follower(folder, recipe, tracker))
-        stack.enter_context(stop_on_signals(folder))
         try:
-            result = trainer.fit()
+            result = fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
@@ -239,7 +255,7 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result
 
 
 def finish(
-    recipe: Recipe, checkpoint: Path, prompts: list[str], *, started: float
+    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, *, started: float
 ) -> tuple[dict[str, float], list[Path]]:
     """Export and evaluate in a process of its own, where a teacher's resources are."""
     from raydmd.training.finish import finish_run
@@ -253,13 +269,16 @@ def finish(
     facts = {**versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     reference = task.remote(recipe, str(checkpoint), prompts, facts, time.monotonic() - started)
     print("exporting and evaluating ...", flush=True)
-    try:
-        figures, artifacts, table = ray.get(reference, timeout=recipe.evaluation.timeout)
-    except ray.exceptions.GetTimeoutError as error:
-        raise RunFailed(
-            f"export and evaluation took more than evaluation.timeout={recipe.evaluation.timeout:g} s; "
-            "the trained student is kept, the same command evaluates it again"
-        ) from error
+    deadline = time.monotonic() + recipe.evaluation.timeout
+    while not ray.wait([reference], timeout=1.0)[0]:
+        if stop.exists():
+            raise RunStopped(f"run '{recipe.name}' is trained but has no report yet; the same command makes it")
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"export and evaluation took more than evaluation.timeout={recipe.evaluation.timeout:g} s; "
+                "the trained student is kept, the same command evaluates it again"
+            )
+    figures, artifacts, table = ray.get(reference)
     print(table)
     print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
     return figures, [Path(a) for a in artifacts]
@@ -316,27 +335,6 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
         yield
-
-
-@contextlib.contextmanager
-def stop_on_signals(folder: Path) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a stop after the current cycle; the second ends at once."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if (folder / "STOP").exists():
-            raise KeyboardInterrupt
-        (folder / "STOP").touch()
-        print("\nstopping after this cycle; once more to end at once", flush=True)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def trained(folder: Path) -> Path | None:

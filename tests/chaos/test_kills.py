@@ -179,12 +179,12 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(home, undisturbed
 
 
 def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
-    """--max-cycles, then SIGTERM, then to the end; then the same command changes nothing."""
+    """--max-cycles, then Ctrl-C, then to the end; then the same command changes nothing."""
     first = Launch(home, "stopped", "--max-cycles", "6")
     assert first.end() == STOPPED, first.log.read_text()[-3000:]
     second = Launch(home, "stopped")
     second.wait_for("checkpoint", cycle=8)
-    second.process.send_signal(signal.SIGTERM)
+    second.process.send_signal(signal.SIGINT)
     assert second.end() == STOPPED, second.log.read_text()[-3000:]
     assert "the same command resumes" in second.log.read_text()
     third = Launch(home, "stopped")
@@ -195,6 +195,17 @@ def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
     assert again.end(60) == DONE
     assert "is finished" in again.log.read_text()
     assert before == {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+def test_a_signal_before_training_stops_the_run_with_a_word(home):
+    run = Launch(home, "early")
+    deadline = time.monotonic() + 120
+    while not (run.folder / "recipe.yaml").is_file():
+        assert time.monotonic() < deadline, run.log.read_text()[-3000:]
+        time.sleep(0.05)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(240) == STOPPED, run.log.read_text()[-3000:]
+    assert "the same command" in run.log.read_text()
 
 
 def test_more_workers_than_there_is_room_for(home):

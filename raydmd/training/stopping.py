@@ -1,0 +1,54 @@
+"""Stopping a run from outside: signals become a file that workers and driver heed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Path) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into the file ``stop``, which the run heeds; the second ends at once."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if stop.exists():
+            raise KeyboardInterrupt
+        stop.touch()
+        print("\nstopping where it can go on from; once more to end at once", flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Run the trainer in a thread of its own: in the main one Ray takes Ctrl-C for itself and aborts the run."""
+    done: Future[ray.train.Result] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(trainer.fit())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="raydmd-fit", daemon=True).start()
+    while not wait([done], timeout=1.0).done:
+        pass  # signals are heeded in between
+    return done.result()
