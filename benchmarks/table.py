@@ -13,7 +13,6 @@ COLUMNS = {
     "dynamic_degree": ("dynamic degree", "{:.3f}"),
     "diversity": ("diversity", "{:.3f}"),
     "coverage_entropy": ("coverage entropy", "{:.3f}"),
-    "seconds": ("s/clip", "{:.3f}"),
 }
 
 

@@ -38,7 +38,7 @@ ZOO = derive(
         "output": Path("runs"),
         "model": {"path": "wan22-tiny", "frames": None, "height": None, "width": None},
         "training": {
-            "cycles": 520,
+            "cycles": 360,
             "batch": 48,
             "fake_updates": 3,
             "fake_warmup": 30,
