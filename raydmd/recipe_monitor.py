@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from raydmd.recipe_types import Above1, Count, Positive, Section
 
-SIGNALS = ("gradient", "fake_error", "critic_lag", "brightness", "spread", "contrast", "saturation", "diversity")
+SIGNALS = ("gradient", "fake_error", "critic_lag", "brightness", "spread", "saturation", "diversity")
 """The monitor's limits."""
 
 
@@ -31,10 +31,9 @@ class Monitor(Section):
     """Largest fake-score error, as the geometric mean over noise bands, over its own best level."""
     brightness: Positive | None = 0.3
     """Largest drift of the samples' mean since the phase's start, in the teacher's standard deviations."""
-    spread: Above1 | None = 2.0
-    """Largest ratio, either way, of the samples' standard deviation to the teacher's answers'."""
-    contrast: Above1 | None = 2.0
-    """Largest ratio, either way, of the samples' standard deviation to its own at the phase's start."""
+    spread: Above1 | None = 1.5
+    """Largest factor, either way, between the samples' standard deviation and that of the teacher's answers at the
+    phase's start, over its own best level."""
     saturation: Annotated[float, Field(gt=0, lt=1)] | None = 0.05
     """Largest rise in the share of latents beyond three of the teacher's standard deviations."""
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.4

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _STRIP_FRAMES = 4
 """Three samplers' strips, each beside its animation, fit onto a laptop."""
+_WIDE = 8
+"""Columns that fit beside the samplers' names."""
 _ARROW = {"low": " ↓", "high": " ↑"}
 
 
@@ -92,7 +94,7 @@ def _lede(evaluation: Evaluation) -> list[dict[str, Any]]:
     students = evaluation.students()
     if not students:
         return []
-    student, teacher = evaluation.row(students[0]), evaluation.rows[0]
+    student, teacher = evaluation.row(students[0]), _teacher(evaluation)
     parts: list[dict[str, Any]] = [
         {"text": str(student["title"]), "strong": True},
         {"text": f": {student['evaluations']} network evaluations per clip instead of "},
@@ -119,8 +121,7 @@ def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
     students = evaluation.students()
     if not students:
         return []
-    student, teacher = evaluation.row(students[0]), evaluation.rows[0]
-    floor = evaluation.row(evaluation.floor) if evaluation.floor else teacher
+    student, teacher = evaluation.row(students[0]), _teacher(evaluation)
     against = evaluation.gaps(students[0]).get("against")
     baseline = evaluation.row(str(against)) if against else None
     columns = {column.key: column for column in evaluation.shown()}
@@ -130,20 +131,24 @@ def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
         note = f"{own:.3g} s per clip, teacher {full:.3g} s"
         value = f"{full / own:.1f}\N{MULTIPLICATION SIGN}"
         tiles.append({"label": "Speed", "value": value, "note": note})
-    for label, key, goal in (
-        ("Fréchet distance", "frechet", floor),
-        ("All stated attributes right", "joint", teacher),
-        ("Motion, pixels per frame", "flow", teacher),
-        ("Coverage, 1 is the truth", "coverage_entropy", teacher),
+    for label, key in (
+        ("Fréchet distance", "frechet"),
+        ("All stated attributes right", "joint"),
+        ("Motion, pixels per frame", "flow"),
+        ("Coverage, 1 is the truth", "coverage_entropy"),
     ):
         if key not in columns:
             continue
-        again = " (other seeds)" if goal is not teacher else ""
-        note = f"teacher{again} {_show(key, goal[key], columns)}"
+        note = f"teacher {_show(key, teacher[key], columns)}"
         if baseline:
             note = f"undistilled {_show(key, baseline[key], columns)}, {note}"
         tiles.append({"label": label, "value": _show(key, student[key], columns), "note": note})
     return tiles
+
+
+def _teacher(evaluation: Evaluation) -> Row:
+    """The teacher on the student's seeds where there is one: the reference is the same teacher on others."""
+    return evaluation.row(evaluation.floor) if evaluation.floor else evaluation.rows[0]
 
 
 def _show(key: str, value: Value, columns: Mapping[str, Column]) -> str:
@@ -153,9 +158,10 @@ def _show(key: str, value: Value, columns: Mapping[str, Column]) -> str:
 
 
 def _tables(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Two tables, the terminal's columns and the rest, so that each fits onto a laptop."""
+    """The terminal's columns and then the rest, in tables that each fit onto a laptop."""
     shown, best = evaluation.shown(), evaluation.best()
-    parts = [[c for c in shown if c.brief], [c for c in shown if not c.brief]]
+    brief, rest = [c for c in shown if c.brief], [c for c in shown if not c.brief]
+    parts = [brief, *(rest[i : i + _WIDE] for i in range(0, len(rest), _WIDE))]
     return [
         {
             "columns": [{"label": c.label, "help": c.help, "arrow": _ARROW.get(c.better or "", "")} for c in columns],

@@ -147,10 +147,15 @@ def alarms(row: Mapping[str, float]) -> list[str]:
     if raised := int(row["monitor/alarm"]):
         pressures = {k.removeprefix("monitor/"): v for k, v in row.items() if k.startswith("monitor/")}
         worst = sorted(SIGNALS, key=lambda kind: -pressures.get(kind, 0.0))[:raised]
-        found.append("ALARM " + ", ".join(f"{kind} at {pressures.get(kind, 0.0):.1f} of its limit" for kind in worst))
+        found.append("ALARM " + ", ".join(_under(kind, pressures.get(kind, 0.0)) for kind in worst))
     if row["teacher/retries"]:
         found.append(f"{int(row['teacher/retries'])} teacher retries")
     return found
+
+
+def _under(kind: str, pressure: float) -> str:
+    """A raised signal; it stays raised until it was well below its limit for a while."""
+    return f"{kind} at {pressure:.1f} of its limit" + (", calming down" if pressure < 1 else "")
 
 
 def _over_ranks(name: str, values: list[float]) -> float:

@@ -28,6 +28,8 @@ CLEAR = 0.8
 BAND = "fake/error_"
 """How the keys of the fake score's error by noise band begin."""
 
+SPREAD, REFERENCE = "student/x0_std", "teacher/x0_std"
+
 TINY = 1e-12
 
 
@@ -56,7 +58,7 @@ class Memory:
         rows: seen in this phase.
         recent: the last values of each metric, oldest first.
         start: level of each metric when the phase had settled.
-        best: lowest level of each noise band's error since then.
+        best: lowest level of each noise band's error since then, and of the spread's factor to the teacher's.
         streak: rows in a row over the limit, by kind.
         calm: rows in a row below :data:`CLEAR`, by raised kind.
         raised: rows since it last fired, by raised kind.
@@ -180,6 +182,8 @@ class Monitor:
                 m.start[key] = median(values)
             if key.startswith(BAND) and len(values) == s.window:
                 m.best[key] = min(m.best.get(key, math.inf), median(values))
+        if m.start.keys() >= {SPREAD, REFERENCE}:
+            m.best[SPREAD] = min(m.best.get(SPREAD, math.inf), self._apart())
 
     def _length(self, key: str) -> int:
         s = self._settings
@@ -195,7 +199,7 @@ class Monitor:
         if s.gradient is not None and len(gradients) > 1:
             times = gradients[-1] / max(median(gradients[:-1]), TINY)
             found["gradient"] = times / s.gradient, f"the student's gradient is {times:.1f} of its median"
-        lags = {key.removeprefix(BAND): now[key] / max(best, TINY) for key, best in m.best.items()}
+        lags = {k.removeprefix(BAND): now[k] / max(best, TINY) for k, best in m.best.items() if k.startswith(BAND)}
         if s.fake_error is not None and lags:
             band = max(lags, key=lags.__getitem__)
             words = f"the fake score's error at noise {band} is {lags[band]:.2f} of its best"
@@ -203,8 +207,15 @@ class Monitor:
         if s.critic_lag is not None and lags:
             lag = math.exp(sum(math.log(max(v, TINY)) for v in lags.values()) / len(lags))
             found["critic_lag"] = lag / s.critic_lag, f"the fake score lags: its error is {lag:.2f} of its best"
-        if m.start.keys() >= {"student/x0_mean", "student/x0_std", "teacher/x0_std"}:
-            found |= self._looks(now)
+        if s.brightness is not None and m.start.keys() >= {"student/x0_mean", REFERENCE}:
+            drift = (now["student/x0_mean"] - m.start["student/x0_mean"]) / max(m.start[REFERENCE], TINY)
+            words = f"brightness drifted by {drift:+.2f} of the teacher's spread"
+            found["brightness"] = abs(drift) / s.brightness, words
+        if s.spread is not None and SPREAD in m.best:
+            lost = self._apart() / m.best[SPREAD]
+            ratio = now[SPREAD] / max(m.start[REFERENCE], TINY)
+            words = f"the student's spread is {ratio:.2f} of the teacher's, {lost:.1f} times as far from it as it was"
+            found["spread"] = lost / s.spread, words
         if s.saturation is not None and "student/saturation" in m.start:
             rise = now["student/saturation"] - m.start["student/saturation"]
             found["saturation"] = rise / s.saturation, f"{rise:.1%} more of the latents are saturated than at the start"
@@ -213,23 +224,15 @@ class Monitor:
             found["diversity"] = s.diversity / share, f"samples of one prompt lie {share:.2f} as far apart as at first"
         return found
 
-    def _looks(self, now: Mapping[str, float]) -> dict[str, tuple[float, str]]:
-        """Brightness, and the spread against the teacher's and against its own at the start."""
-        s, start = self._settings, self.memory.start
-        found: dict[str, tuple[float, str]] = {}
-        if s.brightness is not None:
-            drift = (now["student/x0_mean"] - start["student/x0_mean"]) / max(start["teacher/x0_std"], TINY)
-            words = f"brightness drifted by {drift:+.2f} of the teacher's spread"
-            found["brightness"] = abs(drift) / s.brightness, words
-        std = max(now["student/x0_std"], TINY)
-        for kind, limit, reference, whose in (
-            ("spread", s.spread, now["teacher/x0_std"], "the teacher's"),
-            ("contrast", s.contrast, start["student/x0_std"], "its own at the start"),
-        ):
-            if limit is not None:
-                ratio = std / max(reference, TINY)
-                found[kind] = max(ratio, 1 / ratio) / limit, f"the student's spread is {ratio:.2f} of {whose}"
-        return found
+    def _apart(self) -> float:
+        """Factor, at least 1, between the student's spread and the teacher's at the phase's start.
+
+        The teacher's answers follow the samples they are asked about, so those of today excuse a student that drifts.
+        Guidance widens them, and a student starts soft: only what is lost against the best level tells of trouble.
+        """
+        m = self.memory
+        ratio = max(median(m.recent[SPREAD]), TINY) / max(m.start[REFERENCE], TINY)
+        return max(ratio, 1 / ratio)
 
     def _fires(self, kind: str, pressure: float) -> bool:
         m, s = self.memory, self._settings

@@ -87,6 +87,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         same_run(recipe, folder)
         paired = None if trained(folder) else check_pairs(recipe, family)
         start = time.monotonic()
+        print(f"run '{recipe.name}' in {folder}: starting", flush=True)
         connect()
         stop = folder / "STOP"
         stop.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def test_a_healthy_run_is_silent_and_measured(pipeline, tmp_path):
     row = worker.session.reports[-2]
     assert row["cycle"] == 12
     assert row["monitor/alarm"] == 0
-    assert {f"monitor/{k}" for k in ("gradient", "fake_error", "contrast", "saturation", "diversity")} <= row.keys()
+    assert {f"monitor/{k}" for k in ("gradient", "fake_error", "spread", "saturation", "diversity")} <= row.keys()
     assert row["student/diversity"] > 0
 
 

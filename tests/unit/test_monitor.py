@@ -57,8 +57,7 @@ PLANTED = {
     "fake_error": scaled("fake/error_0.5_0.8", by=5),
     "critic_lag": scaled("fake/error", by=2.5),
     "brightness": shifted("student/x0_mean", -0.4),
-    "spread": scaled("teacher/x0_std", by=0.35),
-    "contrast": scaled("student/x0_std", "teacher/x0_std", by=2.6),
+    "spread": scaled("student/x0_std", "teacher/x0_std", by=2.6),
     "saturation": shifted("student/saturation", 0.1),
     "diversity": scaled("student/diversity", by=0.3),
 }
@@ -121,11 +120,25 @@ def test_nothing_fires_before_a_phase_has_settled():
     assert watch(planted("gradient", start=30, end=45), watcher=watcher) == []
 
 
+def test_a_soft_student_that_grows_towards_its_teacher_is_well_and_one_that_fades_again_is_not():
+    """The demo's figures: 0.43 of the guided teacher's spread at first, 0.9 later."""
+    settings = only("spread")
+    grown = [row | {"student/x0_std": 0.58 + 0.003 * c, "teacher/x0_std": 1.37} for c, row in enumerate(healthy(210))]
+    watcher = Watcher(settings, fake_updates=4)
+    assert watch(iter(grown), watcher=watcher) == []
+    assert len(watch((row | {"student/x0_std": 0.5} for row in grown[:60]), watcher=watcher)) == 1
+
+
+def test_a_teacher_that_follows_its_samples_excuses_nothing():
+    rows = [row | {"student/x0_std": s, "teacher/x0_std": s} for c, row in enumerate(healthy(300)) for s in (1.01**c,)]
+    assert watch(iter(rows), only("spread"))
+
+
 def test_what_another_phase_had_for_levels_is_forgotten():
     watcher = Watcher(DEFAULT, fake_updates=4)
     watch(healthy(100), watcher=watcher)
     watcher.begin()
-    assert watch((PLANTED["contrast"](row) for row in healthy(300)), watcher=watcher) == []
+    assert watch((PLANTED["spread"](row) for row in healthy(300)), watcher=watcher) == []
 
 
 def level(pressure: float) -> Row:
@@ -172,7 +185,7 @@ def test_actions_change_what_they_say():
 @pytest.mark.parametrize("cut", [10, 50, 155, 170, 210])
 def test_a_restored_monitor_goes_on_as_if_nothing_had_happened(cut):
     settings = Monitor(action="raise_ratio", limit=1)
-    rows = list(planted("contrast", end=220))
+    rows = list(planted("spread", end=220))
     whole = Watcher(settings, fake_updates=3)
     expected = watch(iter(rows), watcher=whole)
     first = Watcher(settings, fake_updates=3)
