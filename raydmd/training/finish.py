@@ -92,7 +92,7 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = AttributeJudge.load(place.judge) if place.judge else None
     if judge is not None:
-        texts = evaluation_prompts(e.samples, seed=e.seed)
+        texts = evaluation_prompts(e.samples, seed=e.seed, language=judge.language)
     else:
         texts = [prompts[i % len(prompts)] for i in range(e.samples or e.grid)]
     unique = list(dict.fromkeys(texts))

@@ -16,7 +16,7 @@ from raydmd.recipe import Model
 from raydmd.sampling import sample
 from raydmd.training.prompts import read_prompts
 from raydmd.zoo.judge import AttributeJudge
-from raydmd.zoo.world import World, is_caption, sample_captions
+from raydmd.zoo.world import MovingCaption, World
 
 pytestmark = pytest.mark.local
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.local
 def test_it_is_small_and_complete():
     place = locate(Model())
     assert (place.settings.frames, place.settings.height, place.settings.width) == (9, 32, 32)
-    assert all(is_caption(p) for p in read_prompts(place.prompts))
+    assert all(MovingCaption.knows(p) for p in read_prompts(place.prompts))
     assert sum(f.stat().st_size for f in (ZOO / "wan22-tiny").rglob("*") if f.is_file()) < 8e6
     pipe = WanPipeline.from_pretrained(place.settings.path)
     assert pipe.config.boundary_ratio == 0.875
@@ -36,7 +36,7 @@ def test_its_clips_show_what_their_prompts_say(tmp_path):
     torch.set_num_threads(2)
     family = load_family(Model())
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
-    prompts = [c.text for c in sample_captions(96, seed=3)]
+    prompts = [c.text for c in MovingCaption.draw(96, seed=3)]
     table = load_conditions(family.encode(prompts, tmp_path))
     noise = Draws(5, "zoo", range(96)).normal("noise", family.shape().latent)
     rows = list(range(1, 97))
