@@ -173,7 +173,7 @@ class Sampler:
             def fresh(step: int, noise: Callable[[str], Tensor] = noise) -> Tensor:
                 return noise(f"noise.{step}")
 
-            cond, uncond = (conditions.rows(r).to(device).float() for r in (part, [0] * len(part)))
+            cond, uncond = (conditions.rows(r).to(device) for r in (part, [0] * len(part)))
             latents = sample(
                 self.experts,
                 noise("noise"),

@@ -138,5 +138,10 @@ def train_mmdit(latents: Tensor, prompts: list[str], *, minutes: float, seed: in
         return "flow", F.mse_loss(out, noise - x0)
 
     average = fit(parts, loss, minutes=minutes)
-    networks = [average[name] for name in ("transformer", "clip", "clip_2", "t5")]
-    return TextToImage(*networks, tokenizer)
+    return TextToImage(
+        transformer=average["transformer"],
+        clip=average["clip"],
+        clip_2=average["clip_2"],
+        t5=average["t5"],
+        tokenizer=tokenizer,
+    )
