@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test methods lint format
+.PHONY: help install demo test methods collapse lint format
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,11 +25,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
 	$(BIN)/python experiments/phased_wan22.py
 
-test: $(READY) ## install, then run every test: unit, local, ray, chaos
-	$(BIN)/python -m pytest
+test: $(READY) ## install, then run every test: unit and local side by side, then ray and chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "unit or local" -n auto
+	$(BIN)/python -m pytest -m "ray or chaos"
 
 methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and more)
 	$(BIN)/python benchmarks/methods.py
+
+collapse: $(READY) ## force a collapse and see the monitor stop it and roll it back (a quarter of an hour)
+	$(BIN)/python benchmarks/collapse.py
 
 lint: $(READY) ## ruff, mypy --strict, docstrings
 	$(BIN)/ruff check .

@@ -2,9 +2,9 @@
 
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
 evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates, batch and seeds.
-Compared is with the teacher at full steps on other noise. Results of finished runs are kept in
-``--output/methods/`` by their settings and the commit, and not repeated; table and figures go to
-``--output/methods.md`` and ``methods.json``.
+Pairs are made before and counted apart. Compared is with the teacher at full steps on other noise, by a judge that
+no variant is rewarded by. Results of finished runs are kept in ``--output/methods/`` by their settings and the
+commit, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Self
 
-HERE = Path(__file__).parent
+import torch
+from bench import BOUNDARIES, MODELS, TRAINING, Bench, commit
+
+from raydmd.recipe import Recipe, derive
+
+PAIRED = "dmd, 1 step"
 VARIANTS: dict[str, dict[str, Any]] = {
+    PAIRED: {"name": "dmd", "regression": {"loss": "l2"}},
+    "dmd without pairs, 1 step": {"name": "dmd", "regression": None},
     "dmd2": {"name": "dmd2"},
     "dmd2, not normalised": {"name": "dmd2", "normaliser": "none"},
     "phased": {"name": "phased"},
@@ -45,8 +51,10 @@ COLUMNS = {
     "diversity": ("diversity", "{:.3f}"),
     "flow": ("flow", "{:.2f}"),
     "saturation": ("saturation", "{:.3f}"),
+    "reward": ("held-out reward", "{:.2f}"),
+    "low": ("low-reward share", "{:.3f}"),
 }
-TEACHER, REFERENCE, UNDISTILLED = "teacher", "reference", "undistilled"
+TEACHER = "teacher"
 PROBE = 12
 """Cycles over which a variant's network evaluations are counted before it trains."""
 
@@ -54,16 +62,16 @@ PROBE = 12
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["wan22-tiny"], help="zoo names")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=float, default=3200.0, help="network evaluations, times the batch")
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--pairs", type=int, default=960)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -102,101 +110,54 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, str, int]]) -> None:
 
 def result_file(args: argparse.Namespace, model: str, variant: str, seed: int) -> Path:
     """Where the figures of a run are kept; its settings are part of the name."""
-    settings = f"{args.evaluations:g}-{args.batch}-{args.guidance:g}-{args.samples}-{commit()}"
-    name = variant.replace(" ", "-").replace(",", "").strip("()")
+    settings = f"{args.evaluations:g}-{args.batch}-{args.pairs}-{args.samples}-{commit()}"
+    name = "".join(c for c in variant.replace(" ", "-") if c.isalnum() or c == "-")
     return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{settings}.json"
 
 
-@cache
-def commit() -> str:
-    """The commit that is measured, with a mark if files differ from it."""
-    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
-    """Train and measure one variant, or sample the teacher."""
-    import torch
-
-    from raydmd.evaluation.evaluate import evaluate
-    from raydmd.evaluation.samples import Samples, evaluation_prompts
-    from raydmd.guidance import Guidance
-    from raydmd.models import load_conditions, load_family, load_teacher
-    from raydmd.models.places import locate
-    from raydmd.process import step_grid
-    from raydmd.rewards.engine import load_reward_engine
-    from raydmd.serving.engine import TeacherEngine
-    from raydmd.serving.local import LocalClient
-    from raydmd.training.events import EventLog
-    from raydmd.training.export import load_student, solver, student_experts
-    from raydmd.training.finish import Sampler
-    from raydmd.training.session import FolderSession
-    from raydmd.training.worker import Job, Worker
-    from raydmd.zoo.judge import AttributeJudge
-
+    """Train and measure one variant, or sample the teacher and make its pairs."""
     torch.set_num_threads(1)
-    device = torch.device(args.device)
     out = result_file(args, model, variant, seed)
-    clips = out.parent / f"{model}_{args.guidance:g}_{args.samples}.pt"
+    clips = out.parent / f"{model}_{args.samples}_{commit()}.pt"
+    pairs = out.parent / f"{model}_pairs_{args.pairs}_{commit()}"
     with tempfile.TemporaryDirectory(prefix="raydmd-methods-") as scratch:
-        recipe = recipe_of(args, model, variant, seed, Path(scratch))
-        recipe.folder.mkdir(parents=True)
-        family, place = load_family(recipe.model), locate(recipe.model)
-        judge = AttributeJudge.load(place.judge)
-        texts = evaluation_prompts(args.samples, seed=recipe.evaluation.seed)
-        prompts = place.prompts.read_text(encoding="utf-8").splitlines()
-        table = load_conditions(family.encode(prompts, Path(scratch) / "conditions"))
-        unique = list(dict.fromkeys(texts))
-        asked = load_conditions(family.encode(unique, Path(scratch) / "conditions"))
-        rows = [1 + unique.index(t) for t in texts]
-        teacher = load_teacher(family, "fp32", device=device)
-        few, full = step_grid(recipe.method.steps, recipe.method.shift), step_grid(40, recipe.method.shift)
-        guided, plain = Guidance(args.guidance), Guidance()
-
-        def sampled(name: str, experts: Any, grid: list[float], guidance: Guidance, **options: Any) -> Samples:
-            made = Sampler(name, name, experts, grid, guidance, **options)
-            return made.run(recipe, family, asked, rows, texts, device)
-
+        recipe = recipe_of(args, model, variant, seed, Path(scratch), pairs)
+        bench = Bench(recipe, Path(scratch) / "conditions", torch.device(args.device))
         if variant == TEACHER:
-            made = [
-                sampled(REFERENCE, teacher, full, guided, salt=1),
-                sampled(TEACHER, teacher, full, guided),
-                sampled(f"{UNDISTILLED}, {recipe.method.steps} steps unguided", teacher, few, plain),
-                sampled(f"{UNDISTILLED}, {recipe.method.steps // 2} steps guided", teacher, few[::2], guided),
-            ]
-            torch.save(made, clips)
-            out.write_text(json.dumps(evaluate(made[0], made[1], made[2:], judge).to_json()["rows"], indent=1))
+            made = bench.teacher_samples()
+            torch.save(made[:2], clips)
+            make_all(bench, recipe_of(args, model, PAIRED, 0, Path(scratch), pairs), args.pairs, pairs)
+            out.write_text(json.dumps(bench.rows(made[0], made[1], made[2:]), indent=1))
             return
-        session = FolderSession(recipe.folder, device)
-        asks = LocalClient(TeacherEngine(teacher, table))
-        rewards = LocalClient(load_reward_engine(recipe, prompts, args.device)) if recipe.method.adapt else None
 
-        def train(cycles: int, warmup: int, folder: Path) -> Any:
-            given = {"cycles": cycles, "fake_warmup": warmup}
-            sized = recipe.model_copy(update={"training": recipe.training.model_copy(update=given)})
-            session.folder = folder
-            folder.mkdir(parents=True, exist_ok=True)
-            job = Job(recipe=sized, family=family, conditions=table)
-            Worker(job, asks, session, EventLog(folder / "events.jsonl"), rewards).run()
-            return load_student(sized, family, max(folder.glob("cycle-*final")))
+        def train(name: str, cycles: int, warmup: int) -> tuple[Any, float]:
+            sized = derive(recipe, {"name": name, "training": {"cycles": cycles, "fake_warmup": warmup}})
+            with Counter(bench.network, args.batch) as count:
+                end, checkpoint = bench.train(sized)
+            if end != "finished":
+                raise SystemExit(f"{model} {variant} {seed}: the run {end}")
+            return bench.student_samples(sized, checkpoint) if name == "run" else None, count.total
 
-        count = Counter(type(next(iter(teacher.modules.values())).network), args.batch)
-        with count:
-            train(PROBE, 0, Path(scratch) / "probe")
         phases, warmup = 1 + len(recipe.method.boundaries), recipe.training.fake_warmup
-        per_cycle = count.total / PROBE
-        with count:
-            train(phases, warmup, Path(scratch) / "warm")
-        warm = count.total - (PROBE + phases) * per_cycle  # all phases' warm-up; the run below has the same
+        per_cycle = train("probe", PROBE, 0)[1] / PROBE
+        warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
         cycles = max(phases, math.floor((args.evaluations - warm) / per_cycle))
-        student = student_experts(recipe, family, train(cycles, warmup, recipe.folder))
-        for module in student.modules.values():
-            module.to(device)
-        made = sampled("student", student, few, plain, renoise=solver(recipe) == "renoise")
-        reference, floor, *_ = torch.load(clips, weights_only=False)
-        row = evaluate(reference, floor, [made], judge).row("student")
-        row |= {"cycles": cycles, "per_cycle": per_cycle, "warm_up": warm}
-        out.write_text(json.dumps(row, indent=1))
+        student, total = train("run", cycles, warmup)
+        reference, floor = torch.load(clips, weights_only=False)
+        row = bench.rows(reference, floor, [student])[-1]
+        out.write_text(json.dumps(row | {"cycles": cycles, "evaluated": total, "warm_up": warm}, indent=1))
+
+
+def make_all(bench: Bench, recipe: Recipe, count: int, folder: Path) -> None:
+    """The teacher's pairs, which all seeds of ``dmd`` share."""
+    from raydmd.pairs.make import begin, make_pairs
+    from raydmd.pairs.origin import origin_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = origin_of(recipe, bench.family, bench.prompts, count)
+    manifest = begin(folder, origin, recipe.model.negative_prompt, bench.prompts)
+    make_pairs(folder, manifest, len(bench.prompts), bench.asks, ahead=1)
 
 
 class Counter:
@@ -210,43 +171,33 @@ class Counter:
     def __init__(self, network: type, batch: int) -> None:
         self.network, self.batch, self.total = network, batch, 0.0
 
-    def __enter__(self) -> None:
-        import torch
-
+    def __enter__(self) -> Self:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             if isinstance(module, self.network):
                 value = output[0] if isinstance(output, tuple) else output.sample
                 self.total += len(value) / self.batch * (3.0 if value.requires_grad else 1.0)
 
         self._handle = torch.nn.modules.module.register_module_forward_hook(hook)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
 
-def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, folder: Path) -> Any:
+def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, folder: Path, pairs: Path) -> Recipe:
     """The recipe of a variant: the zoo's settings, another method."""
-    from raydmd.recipe import Recipe, derive
-
-    training = {
-        "batch": args.batch,
-        "fake_updates": 3,
-        "fake_warmup": 30,
-        "student": {"rate": 2e-4, "lora": None},
-        "fake": {"rate": 6e-4},
-        "precision": "fp32",
-        "sharding": "ddp",
-        "ema": 0.99,
-        "decay": 0.4,
-    }
-    method = {"name": "dmd2"} if variant == TEACHER else VARIANTS[variant]
+    method = VARIANTS["dmd2" if variant == TEACHER else variant] | MODELS[model]
+    if method["name"] == "phased":
+        method["boundaries"] = BOUNDARIES[model]
+    if method.get("regression"):
+        method["regression"] = method["regression"] | {"pairs": str(pairs)}
     return derive(
         Recipe(name="run", output=folder),
         {
             "seed": seed,
             "model.path": model,
-            "training": training,
-            "method": method | {"guidance": args.guidance},
+            "training": TRAINING | {"batch": args.batch},
+            "method": method,
             "evaluation": {"samples": args.samples},
         },
     )

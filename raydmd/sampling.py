@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.guidance import Guidance
-    from raydmd.models.base import Experts
+    from raydmd.models.base import Conditions, Experts
 
 
 @torch.no_grad()
 def sample(
     experts: Experts,
     noise: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
+    cond: Conditions,
+    uncond: Conditions,
     *,
     grid: Sequence[float],
     guidance: Guidance,
@@ -31,8 +31,8 @@ def sample(
     Args:
         experts: the network.
         noise: ``(B, *latent)``.
-        cond: conditions ``(B, L, D)``.
-        uncond: the negative prompt's condition, ``(B, L, D)``.
+        cond: B conditions.
+        uncond: the negative prompt's condition, B times.
         grid: times from 1 down to and with 0.
         guidance: scale 1 runs the conditional half alone.
         fresh: noise to put on the predicted x0 before step ``i``, ``(B, *latent)``; ``None`` walks

@@ -54,11 +54,11 @@ class RealBatch:
 
     Attributes:
         x0: clean latents, ``(B, *latent)``, fp32.
-        cond: their captions' conditions ``(B, L, D)``, the empty prompt's where there is none.
+        cond: their captions' conditions, the empty prompt's where there is none.
     """
 
     x0: Tensor
-    cond: Tensor
+    cond: Conditions
 
 
 class RealData:
@@ -85,17 +85,14 @@ class RealData:
         cond = self._conditions.rows([self._rows[i] for i in chosen])
         return RealBatch(x0=x0.float().to(draws.device), cond=cond.to(draws.device))
 
-    def heard(self, draws: Draws, cond: Tensor) -> Tensor:
-        """The conditions under which generated samples are judged, ``(B, L, D)``.
+    def heard(self, draws: Draws, cond: Conditions) -> Conditions:
+        """The conditions under which generated samples are judged.
 
         Their own, but the empty prompt where the real sample of the same position has no caption: else the prompt
         alone would tell what is real.
         """
-        empty = torch.tensor([self._rows[i] == EMPTY for i in self._chosen(draws)], device=cond.device)
-        if not empty.any():
-            return cond
-        nothing = self._conditions.rows([EMPTY]).to(cond.device, cond.dtype)
-        return torch.where(empty[:, None, None], nothing, cond)
+        captioned = torch.tensor([self._rows[i] != EMPTY for i in self._chosen(draws)], device=draws.device)
+        return cond if captioned.all() else cond.where(captioned, self._conditions.rows([EMPTY]))
 
     def _chosen(self, draws: Draws) -> list[int]:
         return [min(int(u * len(self)), len(self) - 1) for u in draws.uniform("gan.sample").double().tolist()]

@@ -15,7 +15,7 @@ from raydmd.evaluation.distances import frechet
 from raydmd.evaluation.diversity import pairwise_diversity
 from raydmd.evaluation.metrics import accuracy_by_stated, attribute_accuracy, brightness, coverage, saturation
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
-from raydmd.zoo.world import ATTRIBUTES
+from raydmd.zoo.judge import LANGUAGES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from raydmd.evaluation.samples import Samples
     from raydmd.zoo.judge import Judge
+
+ATTRIBUTES = tuple(dict.fromkeys(name for language in LANGUAGES for name in language.attributes))
+"""Of all the zoo's worlds."""
 
 Value = str | int | float | None
 Row = dict[str, Value]
@@ -66,7 +69,7 @@ COLUMNS = (
     *(Column(f"accuracy_{name}", name, "high", 3, f"share with the stated {name} right", False) for name in ATTRIBUTES),
     *(
         Column(f"joint_{count}", f"joint of {count}", "high", 3, f"share right where the prompt states {count}", False)
-        for count in range(1, len(ATTRIBUTES) + 1)
+        for count in range(1, max(len(language.attributes) for language in LANGUAGES) + 1)
     ),
     Column("flow", "flow", "teacher", 2, "mean optical flow of the foreground, pixels per frame"),
     Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
@@ -298,13 +301,13 @@ def _row(samples: Samples, judge: Judge | None, reference: Tensor | None) -> Row
     features, predictions = judge.features(samples.clips), judge.predict(samples.clips)
     if min(len(features), len(reference)) > 1:
         row["frechet"] = frechet(reference, features)
-    accuracy = attribute_accuracy(samples.prompts, predictions)
+    accuracy = attribute_accuracy(samples.prompts, predictions, judge.language)
     row["joint"] = accuracy["joint"]
-    row |= {f"accuracy_{name}": accuracy[name] for name in ATTRIBUTES}
-    by_stated = accuracy_by_stated(samples.prompts, predictions)
+    row |= {f"accuracy_{name}": accuracy[name] for name in judge.language.attributes}
+    by_stated = accuracy_by_stated(samples.prompts, predictions, judge.language)
     row |= {f"joint_{count}": figures["joint"] for count, figures in by_stated.items()}
     row["diversity"] = pairwise_diversity(features, samples.prompts)
-    spread = coverage(samples.prompts, predictions)
+    spread = coverage(samples.prompts, predictions, judge.language)
     if grouped := spread["grouped"].get("mean"):
         row["coverage_entropy"] = grouped["entropy"]
         row["coverage_distance"] = grouped["distance"]

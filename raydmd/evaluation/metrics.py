@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from raydmd.evaluation.samples import groups
-from raydmd.zoo.world import ATTRIBUTES, is_caption, parse
+from raydmd.zoo.world import MovingCaption
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from raydmd.zoo.world import Caption
 
 Table = dict[str, dict[str, float]]
 """Attribute, or ``mean`` over those that were left open, to figures by name."""
@@ -27,25 +29,28 @@ SMALLEST_GROUP = 4
 """Clips a prompt needs for its own coverage to count."""
 
 
-def attribute_accuracy(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, float | None]:
+def attribute_accuracy(
+    prompts: Sequence[str], predictions: Mapping[str, Tensor], language: type[Caption] = MovingCaption
+) -> dict[str, float | None]:
     """How often the stated attributes are there.
 
     Args:
         prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
         predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+        language: the world's captions, see :attr:`Judge.language`.
 
     Returns:
         Per attribute the share of right clips among those whose prompt states it, and ``joint``,
         the share of clips with all stated attributes right among those that state any. ``None``
         where nothing was stated.
     """
-    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "joint")}
+    right: dict[str, list[bool]] = {name: [] for name in (*language.attributes, "joint")}
     for index, prompt in enumerate(prompts):
-        if not is_caption(prompt):
+        if not language.knows(prompt):
             continue
         hits = {
-            name: int(predictions[name][index]) == ATTRIBUTES[name].index(value)
-            for name, value in parse(prompt).stated.items()
+            name: int(predictions[name][index]) == language.attributes[name].index(value)
+            for name, value in language.parse(prompt).stated.items()
         }
         for name, hit in hits.items():
             right[name].append(hit)
@@ -54,33 +59,39 @@ def attribute_accuracy(prompts: Sequence[str], predictions: Mapping[str, Tensor]
     return {name: fmean(hits) if hits else None for name, hits in right.items()}
 
 
-def accuracy_by_stated(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[int, dict[str, float | None]]:
+def accuracy_by_stated(
+    prompts: Sequence[str], predictions: Mapping[str, Tensor], language: type[Caption] = MovingCaption
+) -> dict[int, dict[str, float | None]]:
     """Accuracy by how much a prompt asks for, as GenEval goes from single objects to bound attributes.
 
     Args:
         prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
         predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+        language: the world's captions, see :attr:`Judge.language`.
 
     Returns:
         For each number of stated attributes from 1 to 4 the figures of :func:`attribute_accuracy`
         over the prompts that state as many; numbers that do not occur are absent.
     """
     found: dict[int, dict[str, float | None]] = {}
-    stated = [len(parse(prompt).stated) if is_caption(prompt) else 0 for prompt in prompts]
+    stated = [len(language.parse(prompt).stated) if language.knows(prompt) else 0 for prompt in prompts]
     for count in sorted(set(stated) - {0}):
         rows = [index for index, number in enumerate(stated) if number == count]
         found[count] = attribute_accuracy(
-            [prompts[index] for index in rows], {name: values[rows] for name, values in predictions.items()}
+            [prompts[index] for index in rows], {name: values[rows] for name, values in predictions.items()}, language
         )
     return found
 
 
-def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[str, Table]:
+def coverage(
+    prompts: Sequence[str], predictions: Mapping[str, Tensor], language: type[Caption] = MovingCaption
+) -> dict[str, Table]:
     """How what prompts leave open is spread, against the uniform truth.
 
     Args:
         prompts: ``N`` prompts; those that are no captions of the zoo's world are left out.
         predictions: indices ``(N,)`` per attribute, see :meth:`Judge.predict`.
+        language: the world's captions, see :attr:`Judge.language`.
 
     Returns:
         ``grouped``: averages over groups of at least 4 clips with one prompt; ``pooled``: over all
@@ -93,17 +104,19 @@ def coverage(prompts: Sequence[str], predictions: Mapping[str, Tensor]) -> dict[
 
         Attributes that no prompt leaves open are absent.
     """
-    known = [i for i, prompt in enumerate(prompts) if is_caption(prompt)]
+    known = [i for i, prompt in enumerate(prompts) if language.knows(prompt)]
     texts = [prompts[i] for i in known]
     together = [[known[i] for i in group] for group in groups(texts, least=SMALLEST_GROUP)]
     grouped: Table = {}
     pooled: Table = {}
-    for name, values in ATTRIBUTES.items():
+    for name, values in language.attributes.items():
         found = predictions[name]
-        spreads = [_spread(found[group], len(values)) for group in together if name in parse(prompts[group[0]]).open]
+        spreads = [
+            _spread(found[group], len(values)) for group in together if name in language.parse(prompts[group[0]]).open
+        ]
         if spreads:
             grouped[name] = _mean(spreads)
-        left_open = [i for i in known if name in parse(prompts[i]).open]
+        left_open = [i for i in known if name in language.parse(prompts[i]).open]
         if left_open:
             pooled[name] = _spread(found[left_open], len(values))
     for table in (grouped, pooled):

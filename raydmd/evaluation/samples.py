@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raydmd.errors import InputError, NonFiniteError
-from raydmd.zoo.world import Caption, sample_captions
+from raydmd.zoo.world import Caption, MovingCaption
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,7 +84,7 @@ def groups(prompts: Sequence[str], *, least: int) -> list[list[int]]:
     return [members for members in found.values() if len(members) >= least]
 
 
-def evaluation_prompts(count: int, seed: int, group: int = 8) -> list[str]:
+def evaluation_prompts(count: int, seed: int, group: int = 8, *, language: type[Caption] = MovingCaption) -> list[str]:
     """Prompts for the zoo's world: single captions first, then repeats of open captions.
 
     Half of ``count`` are drawn as the training data has them. The other half are groups of
@@ -96,6 +96,7 @@ def evaluation_prompts(count: int, seed: int, group: int = 8) -> list[str]:
         count: number of prompts.
         seed: decides all of them.
         group: clips per repeated caption.
+        language: the world's captions.
 
     Raises:
         InputError: if ``count`` is negative or ``group`` is less than 2.
@@ -103,20 +104,20 @@ def evaluation_prompts(count: int, seed: int, group: int = 8) -> list[str]:
     if count < 0 or group < 2:
         raise InputError(f"count must be >= 0 and group >= 2, given count={count}, group={group}")
     repeated = count // 2 // group
-    singles = sample_captions(count - repeated * group, seed=seed)
+    singles = language.draw(count - repeated * group, seed=seed)
     prompts = [caption.text for caption in singles]
-    fresh = _open_captions(seed)
+    fresh = _open_captions(seed, language)
     for _ in range(repeated):
         prompts += [next(fresh)] * group
     return prompts
 
 
-def _open_captions(seed: int) -> Iterator[str]:
+def _open_captions(seed: int, language: type[Caption]) -> Iterator[str]:
     # A stream of its own, so that the groups do not depend on how many singles there are.
     seen: set[str] = set()
     block = 0
     while True:
-        drawn: list[Caption] = sample_captions(256, seed=seed + 7_919 * (block + 1))
+        drawn = language.draw(256, seed=seed + 7_919 * (block + 1))
         fresh = [c.text for c in dict.fromkeys(drawn) if c.open and c.text not in seen]
         if not fresh:  # the world has a few hundred open captions; start over when they run out
             seen.clear()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raydmd.draws import Draws
     from raydmd.methods.phases import Phase, TimeRange
     from raydmd.methods.rollout import Sample
+    from raydmd.models.base import Conditions
     from raydmd.models.discriminator import Discriminator
     from raydmd.process import Process
     from raydmd.recipe_gan import Gan
@@ -44,7 +45,7 @@ class Adversary:
     real: RealData
 
     def student_term(
-        self, sample: Sample, cond: Tensor, draws: Draws, phase: Phase, progress: float
+        self, sample: Sample, cond: Conditions, draws: Draws, phase: Phase, progress: float
     ) -> tuple[Term | None, dict[str, float]]:
         """The student's part; networks and heads get no gradient from it.
 
@@ -53,7 +54,7 @@ class Adversary:
 
         Args:
             sample: of the student, with its gradient.
-            cond: its conditions, ``(B, L, D)``.
+            cond: its conditions.
             draws: its random numbers.
             phase: the phase in progress.
             progress: share of the phase that is done.
@@ -76,13 +77,13 @@ class Adversary:
         return Term(loss=value, at=sample.x, weight=weight), {"gan/student": float(loss.detach())}
 
     def critic_loss(
-        self, sample: Sample, cond: Tensor, draws: Draws, phase: Phase, t: Tensor, progress: float
+        self, sample: Sample, cond: Conditions, draws: Draws, phase: Phase, t: Tensor, progress: float
     ) -> tuple[Tensor | None, dict[str, float]]:
         """The discriminator's part, to be added to the fake score's loss on the same sample.
 
         Args:
             sample: of the student.
-            cond: its conditions, ``(B, L, D)``.
+            cond: its conditions.
             draws: its random numbers.
             phase: the phase in progress.
             t: times ``(B,)`` of the fake score's loss; the discriminator's go to the same expert, so that one network
@@ -107,7 +108,7 @@ class Adversary:
             x.append(x_real + r1.sigma * draws.normal("gan.r1", latent))
             when.append(t_real)
             heard.append(real.cond)
-        logits = self.judge.logits(torch.cat(x), torch.cat(when), torch.cat(heard), twice=exact)
+        logits = self.judge.logits(torch.cat(x), torch.cat(when), heard[0].join(*heard[1:]), twice=exact)
         on_fake, on_real, *on_moved = logits.chunk(len(x))
         loss = discriminator_loss(on_real, on_fake)
         metrics = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raydmd.methods.phases import Phase
     from raydmd.methods.regression import Distance, Pairs, RegressionTerm
     from raydmd.methods.rollout import Rollout, Sample
-    from raydmd.models.base import Experts
+    from raydmd.models.base import Conditions, Experts
     from raydmd.process import Prediction, Process
     from raydmd.recipe_types import Balance, Ramp
 
@@ -155,7 +155,7 @@ class Method:
         return self.anchor.walk(sample) if self.anchor and sample.first is not None else None
 
     def fake_loss(
-        self, fake: Experts, sample: Sample, cond: Tensor, draws: Draws, phase: Phase, rewards: Tensor | None = None
+        self, fake: Experts, sample: Sample, cond: Conditions, draws: Draws, phase: Phase, rewards: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The fake score's regression on a sample of the current student.
 
@@ -179,7 +179,7 @@ class Method:
         self,
         fake: Experts,
         sample: Sample,
-        cond: Tensor,
+        cond: Conditions,
         queries: Sequence[Query],
         answers: Sequence[Answer],
         progress: float,
@@ -194,7 +194,7 @@ class Method:
         Args:
             fake: the fake score.
             sample: with the student's gradient.
-            cond: conditions, ``(B, L, D)``.
+            cond: B conditions.
             queries: asked about the sample.
             answers: the teacher's, one per query.
             progress: share of the phase that is done.

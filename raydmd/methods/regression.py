@@ -13,6 +13,7 @@ from raydmd.recipe_types import Balance, Ramp, value_at
 
 if TYPE_CHECKING:
     from raydmd.draws import Draws
+    from raydmd.models.base import Conditions
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Of the student's clean latents to the teacher's, both ``(B, *latent)``: ``(B,)``, differentiable in the first."""
@@ -25,14 +26,14 @@ class Pairs:
     Attributes:
         noise: where the teacher's walks began, ``(B, *latent)``.
         target: the clean latents they came to, ``(B, *latent)``.
-        cond: conditions of their prompts, ``(B, L, D)``.
+        cond: conditions of their prompts.
         draws: for whatever else a rollout draws at random.
         indices: which pairs these are, length B.
     """
 
     noise: Tensor
     target: Tensor
-    cond: Tensor
+    cond: Conditions
     draws: Draws
     indices: tuple[int, ...]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from raydmd.draws import Draws
     from raydmd.methods.phases import Phase
-    from raydmd.models.base import Experts
+    from raydmd.models.base import Conditions, Experts
     from raydmd.process import Process
 
 Solver = Literal["euler", "renoise"]
@@ -81,7 +81,7 @@ class Rollout:
     def __call__(
         self,
         student: Experts,
-        cond: Tensor,
+        cond: Conditions,
         draws: Draws,
         phase: Phase,
         latent: tuple[int, ...],

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
+from raydmd.errors import InputError
 from raydmd.models.base import Conditions, Experts, Family
-from raydmd.models.places import locate
+from raydmd.models.places import locate, read_index
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,9 +26,23 @@ def load_family(settings: Model) -> Family:
     Raises:
         InputError: if the pipeline is missing, incomplete or of a family that raydmd does not know.
     """
-    from raydmd.models.wan import Wan  # heavy: imports diffusers and transformers
+    # Heavy imports, each where it is used: diffusers and transformers.
+    located = locate(settings).settings
+    index = read_index(located)
+    match index.get("_class_name"):
+        case "WanPipeline":
+            from raydmd.models.wan import Wan
 
-    return Wan(locate(settings).settings)
+            return Wan(located, index)
+        case "StableDiffusion3Pipeline":
+            from raydmd.models.sd3 import StableDiffusion3
+
+            return StableDiffusion3(located, index)
+        case other:
+            raise InputError(
+                f"model {located.path!r} is a {other}; this version of raydmd distils WanPipeline (text to video) "
+                "and StableDiffusion3Pipeline (text to image)"
+            )
 
 
 def load_teacher(family: Family, precision: str, *, device: torch.device) -> Experts:
@@ -47,5 +62,17 @@ def load_teacher(family: Family, precision: str, *, device: torch.device) -> Exp
 
 
 def load_conditions(file: Path) -> Conditions:
-    """The condition table; memory-mapped, rows are read when they are used."""
-    return Conditions(embeds=load_file(file)["embeds"])
+    """The condition table, as :meth:`Conditions.save` writes it.
+
+    Raises:
+        InputError: if the file is missing or holds no conditions.
+    """
+    try:
+        # Mapped, not read: processes of a node share its pages.
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not iterable
+        if "embeds" not in found or found.keys() - {"embeds", "pooled", "mask"}:
+            raise InputError(f"holds {', '.join(found) or 'nothing'} instead of embeds, pooled and mask")
+        return Conditions(**found)
+    except (OSError, SafetensorError, InputError) as error:
+        raise InputError(f"conditions {file}: {error}") from None

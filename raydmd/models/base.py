@@ -6,38 +6,90 @@ the network. This module knows no diffusers class and no Ray.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+from raydmd.errors import InputError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from raydmd import recipe as recipes
     from raydmd.guidance import Guidance
     from raydmd.process import Prediction, Process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Encoded prompts, addressed by row; row 0 is the negative prompt.
+    """Encoded prompts: a run's whole table, whose row 0 is the negative prompt, or the rows of one batch.
 
     Attributes:
-        embeds: ``(N, L, D)``, zero where padded.
+        embeds: ``(N, L, D)``, zero where padded if the family has no mask.
+        pooled: ``(N, P)``, for families that have a vector per prompt beside its tokens'.
+        mask: ``(N, L)``, bool, for families that tell tokens from padding.
     """
 
     embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not belong together."""
+        wanted = {"embeds": ("N, L, D", 3), "pooled": ("N, P", 2), "mask": ("N, L", 2)}
+        for name, tensor in self.tensors().items():
+            shape, axes = wanted[name]
+            if tensor.ndim != axes or not len(tensor) or len(tensor) != len(self.embeds):
+                raise InputError(f"conditions: {name} must be ({shape}), given {tuple(tensor.shape)}")
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
-    def rows(self, ids: Sequence[int]) -> Tensor:
-        """Conditions of the given ids, ``(len(ids), L, D)``."""
-        return self.embeds[torch.as_tensor(list(ids))]
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def rows(self, ids: Sequence[int]) -> Self:
+        """Conditions of the given ids, in their order."""
+        index = torch.as_tensor(list(ids))
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def where(self, keep: Tensor, other: Self) -> Self:
+        """These where ``keep``, ``(N,)``, is true; elsewhere those of a single row."""
+        theirs = other.tensors()
+        return type(self)(
+            **{
+                name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, theirs[name].to(value))
+                for name, value in self.tensors().items()
+            }
+        )
+
+    def join(self, *others: Self) -> Self:
+        """These, then others of the same family."""
+        theirs = [other.tensors() for other in others]
+        return type(self)(
+            **{name: torch.cat([value, *(t[name] for t in theirs)]) for name, value in self.tensors().items()}
+        )
+
+    def save(self, file: Path) -> None:
+        """Write them as safetensors, one tensor per attribute."""
+        save_file({name: value.contiguous() for name, value in self.tensors().items()}, file)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{name: change(value) for name, value in self.tensors().items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +130,8 @@ class Denoiser(ABC, nn.Module):
     Attributes:
         prediction: what :meth:`forward` returns.
         network: the wrapped diffusers module, whose parameters are trained, sharded and saved.
-        blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``.
+        blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``, alone or
+            last in a tuple.
         width: of the hidden states.
     """
 
@@ -88,13 +141,13 @@ class Denoiser(ABC, nn.Module):
     width: int
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """The raw prediction.
 
         Args:
             x_t: noisy latents ``(B, *latent)``, fp32.
             t: times ``(B,)`` in [0, 1], 1 = noise, fp32.
-            cond: conditions ``(B, L, D)``.
+            cond: B conditions.
 
         Returns:
             The prediction in fp32, shape of ``x_t``.
@@ -119,7 +172,7 @@ class Experts:
         self.process = process
         self.prediction: Prediction = prediction
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def raw(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """The routed expert's own prediction, shape of ``x_t``.
 
         Raises:
@@ -131,19 +184,19 @@ class Experts:
         output: Tensor = self.modules[names.pop()](x_t, t, cond)
         return output
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """The routed expert's prediction of the clean latent, shape of ``x_t``."""
         return self.process.to_x0(self.prediction, x_t, self.raw(x_t, t, cond), t)
 
-    def guided_x0(self, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: Guidance) -> Tensor:
+    def guided_x0(self, x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions, guidance: Guidance) -> Tensor:
         """Guided prediction of the clean latent; both halves in one forward, shape of ``x_t``."""
         if not guidance.active:
             return self.x0(x_t, t, cond)
         return guidance.combine(*self.both_x0(x_t, t, cond, uncond))
 
-    def both_x0(self, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    def both_x0(self, x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional prediction of the clean latent in one forward, each of shape ``x_t``."""
-        both = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, uncond]))
+        both = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.join(uncond))
         first, second = both.chunk(2)
         return first, second
 
@@ -162,12 +215,22 @@ class Teacher:
 
 
 class Family(ABC):
-    """One family of pipelines, bound to one folder or hub id. Nothing else knows diffusers."""
+    """One family of pipelines, bound to one folder or hub id. Nothing else knows diffusers.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
+    """
 
     process: Process
     prediction: Prediction
     max_experts: int
     """How many experts the family's pipeline class can hold, and so how many phases can be exported."""
+
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        self.path = settings.path
+        self._settings = settings
+        self._index = index
 
     @abstractmethod
     def routing(self) -> Routing:
@@ -190,13 +253,28 @@ class Family(ABC):
             InputError: if the weights are missing or unreadable.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str], cache: Path) -> Path:
         """Encode prompts (with the negative prompt as row 0) once; cached by content.
 
         Returns:
-            The safetensors file with ``embeds`` of shape ``(1 + len(prompts), L, D)``.
+            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.load_conditions`.
         """
+        length = self.text_length()
+        texts = [self._settings.negative_prompt, *prompts]
+        source = str(Path(self.path).absolute()) if Path(self.path).is_dir() else self.path
+        key = json.dumps([source, self._settings.revision, length, texts]).encode()
+        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        if not file.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            self._encode(texts, length).save(partial)
+            partial.replace(file)
+        return file
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
+        """Run the text encoders, fp32; called under ``no_grad``."""
 
     @abstractmethod
     def text_length(self) -> int:
@@ -206,8 +284,8 @@ class Family(ABC):
     def render(self, latents: Tensor) -> Tensor:
         """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
 
-        In [0, 1] but for where the decoder overshoots; there a clamp would end the gradient. The decoder itself
-        is frozen.
+        An image is one frame. In [0, 1] but for where the decoder overshoots; there a clamp would end the gradient.
+        The decoder itself is frozen.
         """
 
     @torch.no_grad()
@@ -247,3 +325,16 @@ class Family(ABC):
         metadata: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Write adapters, one mapping per expert under peft's names, in diffusers' naming."""
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        return {"revision": self._settings.revision} if self._settings.revision else {}
+
+    def _has(self, part: str) -> bool:
+        entry = self._index.get(part)
+        return bool(entry and entry[0])
+
+    def _require(self, *parts: str) -> None:
+        missing = [part for part in parts if not self._has(part)]
+        if missing:
+            raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from raydmd.models.base import Denoiser, Experts
+    from raydmd.models.base import Conditions, Denoiser, Experts
 
 
 class Head(nn.Module):
@@ -77,13 +77,13 @@ class Discriminator:
         """The expert that judges at times ``(B,)``, which all route alike."""
         return self.experts.routing.expert(float(t[0]))
 
-    def logits(self, x_t: Tensor, t: Tensor, cond: Tensor, *, twice: bool = False) -> Tensor:
+    def logits(self, x_t: Tensor, t: Tensor, cond: Conditions, *, twice: bool = False) -> Tensor:
         """Logits ``(B,)`` with gradient to networks and heads; the caller's backward pass must reach both.
 
         Args:
             x_t: noisy latents ``(B, *latent)``.
             t: their times ``(B,)``, all one expert's.
-            cond: conditions ``(B, L, D)``.
+            cond: B conditions.
             twice: whether the logits are differentiated twice, which fused attention does not know.
         """
         name = self.expert(t)
@@ -105,7 +105,7 @@ class Discriminator:
             for p in found:
                 p.requires_grad_(True)
 
-    def frozen_logits(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def frozen_logits(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """Logits ``(B,)`` with gradient to ``x_t`` alone; to be differentiated within :meth:`frozen`."""
         name = self.expert(t)
         with taken(self._denoisers[name], self._depths) as features:
@@ -135,8 +135,8 @@ def taken(denoiser: Denoiser, depths: Sequence[float]) -> Iterator[list[Tensor]]
     """What the blocks put out during one forward within the context, in the order of the blocks."""
     features: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-        features.append(output)
+    def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        features.append(output[-1] if isinstance(output, tuple) else output)
 
     handles = [denoiser.blocks[i].register_forward_hook(keep) for i in listened(len(denoiser.blocks), depths)]
     try:

@@ -1,8 +1,8 @@
-"""Where a model named in a recipe lies, and what its folder says about itself.
+"""Where a model named in a recipe lies, and what its folder or hub id says about itself.
 
 A zoo name stands for package data and is looked up in every process anew, so that a recipe means the
 same on every node. A pipeline's folder may hold ``raydmd.json`` with defaults for what the diffusers
-format does not say: frames, height, width, and the names of a prompt file and a judge beside it.
+format does not say: frames, height, width, and the names of a prompt file and two judges beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from raydmd.errors import InputError
 
 if TYPE_CHECKING:
     from raydmd.recipe import Model
@@ -25,12 +27,14 @@ class Place:
     Attributes:
         settings: the recipe's ``model`` section with path and sizes filled in.
         prompts: prompts that come with it.
-        judge: weights of a judge that knows its world.
+        judge: weights of a judge that knows its world, for evaluation.
+        reward: of another judge, for training: what a student is rewarded by must not measure it.
     """
 
     settings: Model
     prompts: Path | None = None
     judge: Path | None = None
+    reward: Path | None = None
 
 
 def locate(settings: Model) -> Place:
@@ -43,5 +47,35 @@ def locate(settings: Model) -> Place:
         return Place(settings=settings)
     facts = json.loads(about.read_text(encoding="utf-8"))
     sizes = {k: facts[k] for k in ("frames", "height", "width") if getattr(settings, k) is None and k in facts}
-    files = {k: folder / facts[k] for k in ("prompts", "judge") if k in facts}
+    files = {k: folder / facts[k] for k in ("prompts", "judge", "reward") if k in facts}
     return Place(settings=settings.model_copy(update={"path": str(folder), **sizes}), **files)
+
+
+def read_index(settings: Model) -> dict[str, Any]:
+    """A pipeline's ``model_index.json``.
+
+    Raises:
+        InputError: if there is no such folder or hub id, or it holds no pipeline.
+    """
+    folder = Path(settings.path)
+    if folder.is_dir() or folder.is_absolute() or settings.path.startswith("."):
+        file = folder / "model_index.json"
+        if not folder.is_dir():
+            raise InputError(f"model folder {settings.path!r} does not exist")
+        if not file.is_file():
+            raise InputError(f"model folder {settings.path!r} has no model_index.json: it is no diffusers pipeline")
+    else:
+        from huggingface_hub import hf_hub_download  # only where there is something to fetch
+
+        try:
+            file = Path(hf_hub_download(settings.path, "model_index.json", revision=settings.revision))
+        except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same here
+            raise InputError(
+                f"model {settings.path!r} is neither a zoo name nor a folder, and the hub does not give it: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from None
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not readable: {error}") from None
+    return index

@@ -7,10 +7,6 @@ latents are normalised by the VAE's per-channel statistics; ``t >= boundary_rati
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +16,16 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from huggingface_hub import hf_hub_download
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from raydmd.errors import InputError
-from raydmd.models.base import Denoiser, Family, Routing, Shape
+from raydmd.models.base import Conditions, Denoiser, Family, Routing, Shape
 from raydmd.process import RectifiedFlow, euler_scheduler_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from raydmd import recipe as recipes
 
@@ -57,7 +52,7 @@ class WanDenoiser(Denoiser):
         self._per_token_time = per_token_time
         self._autocast = autocast
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """See :class:`~raydmd.models.base.Denoiser`."""
         time = t.float() * TRAIN_STEPS
         if self._per_token_time:
@@ -69,7 +64,7 @@ class WanDenoiser(Denoiser):
             out = self.network(
                 hidden_states=x_t.to(dtype),
                 timestep=time,
-                encoder_hidden_states=cond.to(dtype),
+                encoder_hidden_states=cond.embeds.to(dtype),
                 return_dict=False,
             )[0]
         result: Tensor = out.float()
@@ -81,27 +76,19 @@ class Wan(Family):
 
     Args:
         settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
 
     Raises:
-        InputError: if it is no WanPipeline, is incomplete, or the asked size does not fit its VAE.
+        InputError: if it is incomplete, or the asked size does not fit its VAE.
     """
 
     process = RectifiedFlow()
     prediction = "flow"
     max_experts = 2
 
-    def __init__(self, settings: recipes.Model) -> None:
-        self.path = settings.path
-        self._settings = settings
-        self._index = read_index(settings)
-        if self._index.get("_class_name") != "WanPipeline":
-            raise InputError(
-                f"model {self.path!r} is a {self._index.get('_class_name')}, not a WanPipeline; "
-                "this version of raydmd distils Wan text-to-video pipelines"
-            )
-        missing = [p for p in ("transformer", "vae", "text_encoder", "tokenizer") if not self._has(p)]
-        if missing:
-            raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        super().__init__(settings, index)
+        self._require("transformer", "vae", "text_encoder", "tokenizer")
         self._vae_config: dict[str, Any] = AutoencoderKLWan.load_config(self.path, subfolder="vae", **self._revision)
         self._config: dict[str, Any] = WanTransformer3DModel.load_config(
             self.path, subfolder="transformer", **self._revision
@@ -111,14 +98,6 @@ class Wan(Family):
             raise InputError(f"model {self.path!r} has two experts but no boundary_ratio in its model_index.json")
         self._shape = self._find_shape()
         self._vae: AutoencoderKLWan | None = None
-
-    @property
-    def _revision(self) -> dict[str, str]:
-        return {"revision": self._settings.revision} if self._settings.revision else {}
-
-    def _has(self, part: str) -> bool:
-        entry = self._index.get(part)
-        return bool(entry and entry[0])
 
     def _find_shape(self) -> Shape:
         m = self._settings
@@ -158,15 +137,7 @@ class Wan(Family):
         per_token = bool(self._index.get("expand_timesteps", False))
         return WanDenoiser(network, per_token_time=per_token, autocast=autocast)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], cache: Path) -> Path:
-        """See :class:`~raydmd.models.base.Family`."""
-        length = self.text_length()
-        texts = [self._settings.negative_prompt, *prompts]
-        key = json.dumps([str(self._source()), self._settings.revision, length, texts]).encode()
-        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
-        if file.is_file():
-            return file
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._text_pipeline()
         rows = [
             pipeline.encode_prompt(texts[i : i + 64], do_classifier_free_guidance=False, max_sequence_length=length)[
@@ -174,11 +145,7 @@ class Wan(Family):
             ].float()
             for i in range(0, len(texts), 64)
         ]
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"embeds": torch.cat(rows).contiguous()}, partial)
-        partial.replace(file)
-        return file
+        return Conditions(embeds=torch.cat(rows))
 
     def text_length(self) -> int:
         """See :class:`~raydmd.models.base.Family`."""
@@ -273,10 +240,6 @@ frames = pipe(
                 weight_name=f"{expert}.safetensors",
             )
 
-    def _source(self) -> Path | str:
-        path = Path(self.path)
-        return path.absolute() if path.is_dir() else self.path
-
     def _text_pipeline(self) -> WanPipeline:
         """The stock pipeline with its text parts alone, so that prompts are cleaned and padded as it does."""
         encoder = UMT5EncoderModel.from_pretrained(
@@ -290,31 +253,3 @@ frames = pipe(
             transformer=None,
             transformer_2=None,
         )
-
-
-def read_index(settings: recipes.Model) -> dict[str, Any]:
-    """A pipeline's ``model_index.json``.
-
-    Raises:
-        InputError: if there is no such folder or hub id, or it holds no pipeline.
-    """
-    folder = Path(settings.path)
-    if folder.is_dir() or folder.is_absolute() or settings.path.startswith("."):
-        file = folder / "model_index.json"
-        if not folder.is_dir():
-            raise InputError(f"model folder {settings.path!r} does not exist")
-        if not file.is_file():
-            raise InputError(f"model folder {settings.path!r} has no model_index.json: it is no diffusers pipeline")
-    else:
-        try:
-            file = Path(hf_hub_download(settings.path, "model_index.json", revision=settings.revision))
-        except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same here
-            raise InputError(
-                f"model {settings.path!r} is neither a zoo name nor a folder, and the hub does not give it: "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from None
-    try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not readable: {error}") from None
-    return index

@@ -30,7 +30,7 @@ def build(
 
     Args:
         specs: at least one.
-        judge: the model's own judge, for a zoo reward without a path.
+        judge: the model's own judge for rewards, for a zoo reward without a path.
         device: where all of them run.
 
     Returns:

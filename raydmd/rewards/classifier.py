@@ -1,4 +1,4 @@
-"""The zoo's reward: does the clip show what its prompt states?"""
+"""The zoo's reward: does the clip or picture show what its prompt states?"""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from raydmd.errors import InputError
 from raydmd.rewards.base import Reward
 from raydmd.zoo.judge import AttributeJudge
-from raydmd.zoo.world import ATTRIBUTES, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    from raydmd.zoo.world import Caption
 
 
 class ClassifierReward(Reward):
@@ -49,9 +50,10 @@ class ClassifierReward(Reward):
         """Rate clips of the zoo's world; see :meth:`Reward.__call__`.
 
         Raises:
-            InputError: if a prompt is none of the zoo's captions, or the clips are not ``(B, 9, 3, 32, 32)``.
+            InputError: if a prompt is none of the zoo's captions, or the clips are not ``(B, F, 3, 32, 32)`` with
+                the world's number of frames.
         """
-        stated = [_stated(prompt) for prompt in prompts]
+        stated = [_stated(prompt, self._judge.language) for prompt in prompts]
         logits = self._judge(pixels.to(self._device, torch.float32))
         logs = {name: values.log_softmax(1) for name, values in logits.items()}
         zero = torch.zeros((), device=self._device)
@@ -63,9 +65,9 @@ class ClassifierReward(Reward):
         )
 
 
-def _stated(prompt: str) -> dict[str, int]:
+def _stated(prompt: str, language: type[Caption]) -> dict[str, int]:
     try:
-        caption = parse(prompt)
+        caption = language.parse(prompt)
     except ValueError as error:
         raise InputError(f"the zoo's reward reads the zoo's captions only: {error}") from None
-    return {name: ATTRIBUTES[name].index(value) for name, value in caption.stated.items()}
+    return {name: language.attributes[name].index(value) for name, value in caption.stated.items()}

@@ -88,6 +88,6 @@ def load_reward_engine(recipe: recipes.Recipe, prompts: Sequence[str], device: s
     adapt = recipe.method.adapt
     if adapt is None:
         raise InputError("method.adapt is not set, so no reward is asked for")
-    reward = build(adapt.rewards, judge=locate(recipe.model).judge, device=device)
+    reward = build(adapt.rewards, judge=locate(recipe.model).reward, device=device)
     rows = [recipe.model.negative_prompt, *prompts]
     return RewardEngine(reward, load_family(recipe.model), rows, device=device)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.guidance import Guidance
-from raydmd.models.base import Conditions
+from raydmd.models import load_conditions
 from raydmd.serving.batcher import Key
 from raydmd.serving.client import ReplicaFailed
 from raydmd.serving.messages import Request, ScoreRequest, WalkRequest
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.methods.terms import Answer
-    from raydmd.models.base import Experts
+    from raydmd.models.base import Conditions, Experts
 
 
 class Engine(ABC):
@@ -103,7 +102,7 @@ def load_teacher_engine(
 
     Args:
         build: loads the experts.
-        conditions_file: safetensors with ``embeds`` ``(N, L, D)``, row 0 the negative prompt.
+        conditions_file: as :meth:`Conditions.save` writes it, row 0 the negative prompt.
         sample_shape: shape of one latent, for a warm-up; ``None`` skips it.
         device: ``cpu`` or ``cuda``.
 
@@ -113,7 +112,7 @@ def load_teacher_engine(
     experts = build()
     for module in experts.modules.values():
         module.to(device).eval().requires_grad_(False)
-    return TeacherEngine(experts, _read_conditions(conditions_file), sample_shape=sample_shape)
+    return TeacherEngine(experts, load_conditions(Path(conditions_file)), sample_shape=sample_shape)
 
 
 def answer_each(engine: Engine, requests: Sequence[Request], *, who: str) -> list[Answer | RaydmdError]:
@@ -138,15 +137,3 @@ def answer_each(engine: Engine, requests: Sequence[Request], *, who: str) -> lis
             return [error]
         text = f"replica {who!r}, request {requests[0].name!r}: {type(error).__name__}: {error}"
         return [ReplicaFailed(text)]
-
-
-def _read_conditions(file: str) -> Conditions:
-    try:
-        # Mapped, not read: replicas of a node share its pages.
-        with safe_open(Path(file), framework="pt") as tensors:
-            embeds = tensors.get_tensor("embeds")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"conditions {file}: {error}") from None
-    if embeds.ndim != 3 or not len(embeds):
-        raise InputError(f"conditions {file}: embeds must be (N, L, D), given {tuple(embeds.shape)}")
-    return Conditions(embeds=embeds)

@@ -92,7 +92,7 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = AttributeJudge.load(place.judge) if place.judge else None
     if judge is not None:
-        texts = evaluation_prompts(e.samples, seed=e.seed)
+        texts = evaluation_prompts(e.samples, seed=e.seed, language=judge.language)
     else:
         texts = [prompts[i % len(prompts)] for i in range(e.samples or e.grid)]
     unique = list(dict.fromkeys(texts))
@@ -173,7 +173,7 @@ class Sampler:
             def fresh(step: int, noise: Callable[[str], Tensor] = noise) -> Tensor:
                 return noise(f"noise.{step}")
 
-            cond, uncond = (conditions.rows(r).to(device).float() for r in (part, [0] * len(part)))
+            cond, uncond = (conditions.rows(r).to(device) for r in (part, [0] * len(part)))
             latents = sample(
                 self.experts,
                 noise("noise"),

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from torch import Tensor
 
     from raydmd.models.base import Conditions
 
@@ -23,12 +22,12 @@ class Batch:
     Attributes:
         draws: their random numbers.
         conditions: row in the condition table per sample.
-        cond: those rows, ``(B, L, D)``, on the worker's device.
+        cond: those rows on the worker's device.
     """
 
     draws: Draws
     conditions: tuple[int, ...]
-    cond: Tensor
+    cond: Conditions
 
 
 class Stream:

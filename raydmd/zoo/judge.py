@@ -1,4 +1,4 @@
-"""Networks that look at clips: features for distances, predictions of the zoo's attributes."""
+"""Networks that look at clips and pictures: features for distances, predictions of the zoo's attributes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raydmd.errors import InputError, NonFiniteError
-from raydmd.zoo.world import ATTRIBUTES, FRAMES, SIZE
+from raydmd.zoo.still import StillCaption
+from raydmd.zoo.world import SIZE, Caption, MovingCaption
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Render = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-"""Batch size and generator to clips ``(B, F, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)``."""
+"""Batch size and generator to clips ``(B, F, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)``; a picture has one frame."""
+
+LANGUAGES: tuple[type[Caption], ...] = (MovingCaption, StillCaption)
+"""The zoo's worlds, by their captions."""
 
 BATCH = 64
 PEAK_RATE = 2e-3
@@ -32,7 +36,13 @@ _WARM = 0.25
 
 
 class Judge(ABC):
-    """What metrics need of a network that has seen real clips."""
+    """What metrics need of a network that has seen real clips.
+
+    Attributes:
+        language: the captions of the world it knows.
+    """
+
+    language: type[Caption] = MovingCaption
 
     @abstractmethod
     def features(self, clips: Tensor) -> Tensor:
@@ -53,31 +63,37 @@ class Judge(ABC):
             clips: ``(N, F, 3, H, W)`` in [0, 1].
 
         Returns:
-            For each name of ``world.ATTRIBUTES`` the values' indices, ``(N,)``, int64.
+            For each of the language's attributes the values' indices, ``(N,)``, int64.
         """
 
 
 class AttributeJudge(Judge, nn.Module):
-    """A small 3-D conv net that names item, colour, direction and speed of a clip.
+    """A small conv net that names the attributes of a clip (3-D) or a picture (2-D).
 
-    It takes clips of 9 frames of 32x32 pixels. Time and space stay resolved (3x4x4) until one
-    linear layer, because where an item is when is what tells direction and speed.
+    It takes clips of 9 frames, or 1, of 32x32 pixels. Time and space stay resolved (3x4x4, 1x4x4) until
+    one linear layer, because where an item is when is what tells direction and speed, and where it is
+    at all its place.
+
+    Args:
+        language: the captions of the world it judges.
     """
 
-    def __init__(self) -> None:
-        """Build the untrained net."""
+    def __init__(self, language: type[Caption] = MovingCaption) -> None:
         super().__init__()
+        self.language = language
+        moves = language.frames > 1
         self.body = nn.Sequential(
-            _block(3, 24, (1, 2, 2)),
-            _block(24, 48, (2, 2, 2)),
-            _block(48, 48, (2, 2, 2)),
+            _block(3, 24, (1, 2, 2), time=moves),
+            _block(24, 48, (2, 2, 2), time=moves),
+            _block(48, 48, (2, 2, 2), time=moves),
             nn.Flatten(),
         )
-        self.penultimate = nn.Linear(48 * 3 * 4 * 4, FEATURES)
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()})
+        self.penultimate = nn.Linear(48 * math.ceil(language.frames / 4) * 4 * 4, FEATURES)
+        attributes = language.attributes
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in attributes.items()})
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute, ``(N, values)``, of clips ``(N, 9, 3, 32, 32)`` in [0, 1].
+        """Logits per attribute, ``(N, values)``, of clips ``(N, F, 3, 32, 32)`` in [0, 1].
 
         Raises:
             InputError: if the clips have another shape.
@@ -89,7 +105,7 @@ class AttributeJudge(Judge, nn.Module):
         """Features before the heads' activation, ``(N, 64)``; see :meth:`Judge.features`.
 
         Raises:
-            InputError: if the clips have another shape than ``(N, 9, 3, 32, 32)``.
+            InputError: if the clips have another shape than ``(N, F, 3, 32, 32)``, F as the world has it.
         """
         return torch.cat([self._embed(part) for part in torch.split(clips.float(), _CHUNK)])
 
@@ -98,7 +114,7 @@ class AttributeJudge(Judge, nn.Module):
         """Most likely values; see :meth:`Judge.predict`.
 
         Raises:
-            InputError: if the clips have another shape than ``(N, 9, 3, 32, 32)``.
+            InputError: if the clips have another shape than ``(N, F, 3, 32, 32)``, F as the world has it.
         """
         logits = self._classify(self.features(clips))
         return {name: values.argmax(1) for name, values in logits.items()}
@@ -115,17 +131,21 @@ class AttributeJudge(Judge, nn.Module):
         Raises:
             InputError: if the file is missing or holds no judge of this shape.
         """
-        judge = cls()
         try:
+            with safe_open(path, framework="pt") as file:
+                heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}  # noqa: SIM118
+            # A file of no world's attributes is refused by the next line, and says what is missing.
+            judge = cls(next((lang for lang in LANGUAGES if set(lang.attributes) == heads), MovingCaption))
             judge.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise InputError(f"no attribute judge can be read from {path}: {error}") from None
         return judge.eval().requires_grad_(False)
 
     def _embed(self, clips: Tensor) -> Tensor:
-        if clips.ndim != 5 or clips.shape[1:] != (FRAMES, 3, SIZE, SIZE):
+        wanted = (self.language.frames, 3, SIZE, SIZE)
+        if clips.ndim != 5 or clips.shape[1:] != wanted:
             raise InputError(
-                f"the judge reads clips of shape (N, {FRAMES}, 3, {SIZE}, {SIZE}), given {tuple(clips.shape)}"
+                f"the judge reads clips of shape (N, {', '.join(map(str, wanted))}), given {tuple(clips.shape)}"
             )
         features: Tensor = self.penultimate(self.body(clips.transpose(1, 2) * 2 - 1))
         return features
@@ -140,6 +160,7 @@ def train_judge(
     *,
     minutes: float,
     seed: int,
+    language: type[Caption] = MovingCaption,
     clock: Callable[[], float] = time.monotonic,
 ) -> AttributeJudge:
     """Train a judge for a given time on endless rendered clips.
@@ -148,10 +169,11 @@ def train_judge(
     speed. Clips are blurred and noised at random, for a VAE's softness must not look like a fault.
 
     Args:
-        render: makes clips ``(B, 9, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)`` in the order of
-            ``world.ATTRIBUTES``.
+        render: makes clips ``(B, F, 3, 32, 32)`` in [0, 1] and labels ``(B, 4)`` in the order of the
+            language's attributes.
         minutes: how long; at least one step is taken.
         seed: of the initial weights, the clips and the augmentation.
+        language: the captions of the world that ``render`` shows.
         clock: seconds that pass; tests give their own.
 
     Returns:
@@ -166,7 +188,7 @@ def train_judge(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = AttributeJudge().train()
+        judge = AttributeJudge(language).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.01)
     start, done, step = clock(), 0.0, 0
     while done < 1 or step == 0:
@@ -174,7 +196,7 @@ def train_judge(
             group["lr"] = PEAK_RATE * _one_cycle(done)
         clips, labels = render(BATCH, generator)
         logits = judge(_soften(clips, generator))
-        losses = [F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(ATTRIBUTES)]
+        losses = [F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(language.attributes)]
         loss = torch.stack(losses).sum()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the judge's loss is not finite at step {step}")
@@ -186,9 +208,10 @@ def train_judge(
     return judge.eval().requires_grad_(False)
 
 
-def _block(inputs: int, outputs: int, stride: tuple[int, int, int]) -> nn.Sequential:
+def _block(inputs: int, outputs: int, stride: tuple[int, int, int], *, time: bool) -> nn.Sequential:
+    size = (3 if time else 1, 3, 3)
     return nn.Sequential(
-        nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1),
+        nn.Conv3d(inputs, outputs, size, stride=stride, padding=(size[0] // 2, 1, 1)),
         nn.GroupNorm(8, outputs),
         nn.SiLU(),
     )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import time
-
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
@@ -13,14 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from raydmd.process import shift
-from raydmd.zoo.world import all_captions
+from raydmd.zoo.fit import fit
+from raydmd.zoo.world import Caption, MovingCaption
 
 BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM, DROP = 0.875, 5.0, 8, 48, 0.1
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world's captions."""
-    words = sorted({w for c in all_captions() for w in c.text.split()})
+def build_tokenizer(language: type[Caption] = MovingCaption) -> PreTrainedTokenizerFast:
+    """One token per word of a world's captions, and one that ends a prompt."""
+    words = sorted({w for c in language.every() for w in c.text.split()})
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -99,13 +97,9 @@ def train_experts(
     tokens = tokenizer([*prompts, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
     ids, mask = tokens.input_ids, tokens.attention_mask
     parts = nn.ModuleDict({"text": build_text_encoder(len(tokenizer)), "high": build_expert(), "low": build_expert()})
-    average = copy.deepcopy(parts).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     split = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)
-    start, step, losses = time.monotonic(), 0, {"high": 0.0, "low": 0.0}
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 200) * (1 - done) + 1e-6
+
+    def loss(step: int) -> tuple[str, Tensor]:
         name = "high" if step % 4 == 0 else "low"  # the low-noise expert has the harder task
         low, high = (split, 1.0) if name == "high" else (0.0, split)
         rows = torch.randint(len(latents), (batch,))
@@ -115,23 +109,7 @@ def train_experts(
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1, 1))
         cond = encode_text(parts["text"], ids[prompt], mask[prompt])
         out = parts[name](x_t, t * 1000, cond, return_dict=False)[0]
-        loss = F.mse_loss(out, noise - x0)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 20))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(parts.parameters()), 1 - decay)
-        losses[name] = 0.98 * losses[name] + 0.02 * float(loss.detach())
-        if step % 300 == 0:
-            print(
-                f"experts step {step} {done:.0%} high {losses['high']:.4f} low {losses['low']:.4f}",
-                flush=True,
-            )
-        step += 1
-    print(
-        f"experts done after {step} steps: high {losses['high']:.4f} low {losses['low']:.4f}",
-        flush=True,
-    )
+        return name, F.mse_loss(out, noise - x0)
+
+    average = fit(parts, loss, minutes=minutes)
     return average["high"], average["low"], average["text"], tokenizer

@@ -1,4 +1,4 @@
-"""Train the zoo's AutoencoderKLWan on clips of the world.
+"""Train the zoo's autoencoders: AutoencoderKLWan on clips, AutoencoderKL on pictures.
 
 Two stages, because later stages train on its latents: first encoder and decoder together, then the
 decoder alone while the latents stay what they are. What was learnt the hard way is in ``docs/log.md``:
@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
-from raydmd.zoo.world import World, sample_captions
+if TYPE_CHECKING:
+    from raydmd.zoo.world import Items
 
 LATENT_NOISE = 0.05
-LATENT_SCALE = 0.6
-"""Standard deviation of normalised latents. At 1 the few attributes of a clip, spread over 768 numbers,
+CLIP_SCALE, PICTURE_SCALE = 0.6, 0.35
+"""Standard deviations of normalised latents. At 1 the few attributes of a clip, spread over 768 numbers,
 are decided within the first step from noise, and two guided steps of the undistilled teacher are as good
-as forty: nothing would be left to distil. Smaller latents decide later (measured in docs/log.md)."""
+as forty: nothing would be left to distil. Smaller latents decide later (measured in docs/log.md); pictures,
+of 256 numbers, need it more."""
 
 
 def build_vae() -> AutoencoderKLWan:
@@ -47,22 +50,48 @@ def build_vae() -> AutoencoderKLWan:
     return vae
 
 
-def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int, decoder_only: bool) -> float:
+def build_image_vae() -> AutoencoderKL:
+    """An untrained AutoencoderKL: 32x32 pixels to latents of 4x8x8."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        # As SD3's own has it.
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.to(memory_format=torch.channels_last)
+
+
+def train_vae(
+    vae: AutoencoderKLWan | AutoencoderKL,
+    world: Items,
+    *,
+    minutes: float,
+    seed: int,
+    decoder_only: bool = False,
+    batch: int = 8,
+) -> float:
     """Train in place for a fixed time.
 
     Args:
         vae: the autoencoder.
-        world: renders the clips.
+        world: renders what it reads.
         minutes: wall time to spend.
-        seed: of the clips.
+        seed: of the samples.
         decoder_only: leave encoder and latents as they are.
+        batch: samples per update.
 
     Returns:
         The peak signal-to-noise ratio on the last 20 batches, in dB.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [vae.decoder, vae.post_quant_conv] if decoder_only else [vae]
-    params = [p for part in parts for p in part.parameters()]
+    params = [p for part in parts if part is not None for p in part.parameters()]
     vae.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
@@ -73,12 +102,12 @@ def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int,
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - done) + 1e-5
-        clips, _ = world.clips(sample_captions(8, seed=seed * 1_000_003 + step), generator=generator)
-        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        captions = world.language.draw(batch, seed=seed * 1_000_003 + step)
+        clips = _channels_last(world.clips(captions, generator=generator)[0])
         with torch.set_grad_enabled(not decoder_only):
             z = vae.encode(clips).latent_dist.mode()
         out = vae.decode(z + LATENT_NOISE * torch.randn(z.shape, generator=generator)).sample
-        # Items cover a quarter of the frame: without the weight, black is a good answer for too long.
+        # Items cover a small part of the frame: without the weight, black is a good answer for too long.
         weight = 1 + 3 * (clips.amax(1, keepdim=True) > -0.75)
         error = out - clips
         loss = (weight * (4 * error.square() + 0.1 * error.abs())).mean()
@@ -99,28 +128,41 @@ def train_vae(vae: AutoencoderKLWan, world: World, *, minutes: float, seed: int,
 
 
 @torch.no_grad()
-def fix_latent_statistics(vae: AutoencoderKLWan, world: World, *, seed: int) -> None:
-    """Write each latent channel's mean and standard deviation into the VAE's config, as the pipeline expects."""
+def fix_latent_statistics(vae: AutoencoderKLWan | AutoencoderKL, world: Items, *, seed: int) -> None:
+    """Write the latents' mean and standard deviation into the VAE's config, as the pipeline expects.
+
+    Wan's has one of each per channel; AutoencoderKL has one shift and one scaling factor for all.
+    """
     z = encode_clips(vae, world, count=512, seed=seed)[0]
-    std = z.std((0, 2, 3, 4)) / LATENT_SCALE
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=PICTURE_SCALE / float(z.std()))
+        return
+    std = z.std((0, 2, 3, 4)) / CLIP_SCALE
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=std.tolist())
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, world: World, *, count: int, seed: int) -> tuple[Tensor, list[str], Tensor]:
-    """Render and encode clips.
+def encode_clips(
+    vae: AutoencoderKLWan | AutoencoderKL, world: Items, *, count: int, seed: int
+) -> tuple[Tensor, list[str], Tensor]:
+    """Render and encode clips or pictures.
 
     Returns:
-        Raw latents ``(N, 16, 3, 4, 4)`` (not normalised), captions, and attribute indices ``(N, 4)``.
+        Raw latents, not normalised, ``(N, 16, 3, 4, 4)`` or ``(N, 4, 8, 8)``, captions, and attribute
+        indices ``(N, 4)``.
     """
     generator = torch.Generator().manual_seed(seed)
-    captions = sample_captions(count, seed=seed)
+    captions = world.language.draw(count, seed=seed)
     latents, labels = [], []
     for i in range(0, count, 64):
         clips, label = world.clips(captions[i : i + 64], generator=generator)
-        latents.append(vae.encode(clips.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mode())
+        latents.append(vae.encode(_channels_last(clips)).latent_dist.mode())
         labels.append(label)
     return torch.cat(latents), [c.text for c in captions], torch.cat(labels)
+
+
+def _channels_last(clips: Tensor) -> Tensor:
+    return clips.contiguous(memory_format=torch.channels_last_3d if clips.ndim == 5 else torch.channels_last)
 
 
 def _psnr(mse: list[float]) -> float:

@@ -162,20 +162,15 @@ def metrics(run: Launch) -> list[dict]:
     return list(read_lines(run.folder / "metrics.jsonl"))
 
 
-def test_a_killed_teacher_replica_changes_nothing(home, undisturbed):
-    run = Launch(home, "teacher-killed")
+def test_a_killed_teacher_replica_and_then_a_killed_worker_change_nothing(home, undisturbed):
+    run = Launch(home, "killed")
     run.wait_for("checkpoint", cycle=4)
     run.kill_one("ray::Replica")
-    assert run.end() == DONE, run.log.read_text()[-3000:]
-    assert max(m.get("teacher/retries", 0) for m in metrics(run)) > 0, "nobody noticed the death"
-    same_bits(run.student(), undisturbed.student())
-
-
-def test_a_killed_worker_is_restarted_from_the_last_checkpoint(home, undisturbed):
-    run = Launch(home, "worker-killed")
-    run.wait_for("checkpoint", cycle=8)
+    run.wait_for("checkpoint", cycle=12)
+    assert not run.events("resume"), "the teacher's death reached the workers"
     run.kill_one("ray::RayTrainWorker")
     assert run.end() == DONE, run.log.read_text()[-3000:]
+    assert max(m.get("teacher/retries", 0) for m in metrics(run)) > 0, "nobody noticed the teacher's death"
     assert run.events("resume"), "the workers were never restarted"
     same_bits(run.student(), undisturbed.student())
 

@@ -12,6 +12,7 @@ from diffusers import WanPipeline
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.guidance import Guidance
 from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.process import step_grid
 from raydmd.recipe import Model, Recipe, derive
 from raydmd.sampling import sample
@@ -181,8 +182,11 @@ def test_x0_is_what_the_stock_pipeline_computes(two_experts):
     pipe(PROMPTS[0], negative_prompt="", num_inference_steps=5, guidance_scale=3.0, num_frames=5, height=32, width=32,
          max_sequence_length=length, latents=noise, output_type="latent", callback_on_step_end=keep)  # fmt: skip
     sigmas = [float(s) for s in pipe.scheduler.sigmas]
-    cond, uncond = (pipe.encode_prompt(p, do_classifier_free_guidance=False, max_sequence_length=length)[0]
-                    for p in (PROMPTS[0], ""))  # fmt: skip
+    embeds = [
+        pipe.encode_prompt(p, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+        for p in (PROMPTS[0], "")
+    ]
+    cond, uncond = (Conditions(embeds=e) for e in embeds)
     x = noise
     for after, now, nxt in zip(kept, sigmas, sigmas[1:], strict=False):
         t, s = torch.tensor([now]), torch.tensor([nxt])
@@ -217,7 +221,7 @@ def test_bad_models_are_refused(two_experts, tmp_path):
     with pytest.raises(InputError, match=r"no model_index\.json"):
         load_family(Model(path=str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match="FluxPipeline, not a WanPipeline"):
+    with pytest.raises(InputError, match="is a FluxPipeline; this version of raydmd distils WanPipeline"):
         load_family(Model(path=str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     with pytest.raises(InputError, match="has no transformer, vae, text_encoder, tokenizer"):

@@ -34,7 +34,7 @@ class Fragile(Denoiser):
                 p.copy_(torch.randn(p.shape, generator=draw))
         self.folder = folder
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         try:
             (self.folder / "hang").unlink()  # one process wins
             time.sleep(60)
@@ -42,7 +42,7 @@ class Fragile(Denoiser):
             pass
         if (self.folder / "slow").exists():
             time.sleep(1.5)
-        out: Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], cond.mean(1)], 1))
+        out: Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], cond.embeds.mean(1)], 1))
         return torch.where(x_t == 99, torch.nan, out.view_as(x_t))
 
 

@@ -12,7 +12,7 @@ from raydmd.methods.presets import build_method
 from raydmd.methods.regression import Pairs
 from raydmd.methods.terms import Answer, Query
 from raydmd.methods.weighing import alone
-from raydmd.models.base import Experts, Routing
+from raydmd.models.base import Conditions, Experts, Routing
 from raydmd.objectives.auxiliary import anchor_target, moments_loss, paired_l2
 from raydmd.objectives.decoupled import adapted_weights, advantage, augmentation_direction, sharpening_weights
 from raydmd.process import RectifiedFlow, VariancePreserving
@@ -33,8 +33,16 @@ class Flow(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(3, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, x_t, t, cond):
-        heard = self.weight[2] * cond.mean((1, 2)).view(-1, 1, 1)
+        heard = self.weight[2] * cond.embeds.mean((1, 2)).view(-1, 1, 1)
         return self.weight[0] * x_t + self.weight[1] * t.view(-1, 1, 1) + heard
+
+
+def cond_of(embeds: torch.Tensor) -> Conditions:
+    return Conditions(embeds=embeds)
+
+
+def none(cond: Conditions) -> Conditions:
+    return cond_of(torch.zeros_like(cond.embeds))
 
 
 def experts(seed: int) -> Experts:
@@ -50,17 +58,22 @@ def built(**settings):
     return build_method(Method(**settings), WAN22, RectifiedFlow(), "flow")
 
 
-def reply(teacher: Experts, query: Query, cond: torch.Tensor) -> Answer:
+def reply(teacher: Experts, query: Query, cond: Conditions) -> Answer:
     with torch.no_grad():
         if query.split:
-            both = teacher.both_x0(query.x_t, query.t, cond, 0 * cond)
+            both = teacher.both_x0(query.x_t, query.t, cond, none(cond))
             return Answer(value=both[0], uncond=both[1])
-        return Answer(value=teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance))
+        return Answer(value=teacher.guided_x0(query.x_t, query.t, cond, none(cond), query.guidance))
 
 
 def student_gradients(method, phase, update="0/student", rewards=None, progress=0.0):
     """Gradients of the generator's loss by expert; the score term's alone without an anchor's walk."""
-    student, fake, teacher, cond = experts(0), experts(3), experts(5), torch.randn(4, 1, 2, generator=seeded(1))
+    student, fake, teacher, cond = (
+        experts(0),
+        experts(3),
+        experts(5),
+        cond_of(torch.randn(4, 1, 2, generator=seeded(1))),
+    )
     d = draws(update)
     sample = method.rollout(student, cond, d, phase, LATENT, grad=True)
     queries = method.queries(sample, phase, d, progress)
@@ -107,7 +120,7 @@ def test_amd_without_strength_is_decoupled_and_with_it_is_not():
     assert_same(expected, student_gradients(weak, phase, rewards=rewards)[0])
     moved, _ = student_gradients(strong, phase, rewards=rewards)
     assert any(not torch.allclose(moved[n], expected[n], rtol=1e-3) for n in expected if expected[n] is not None)
-    fake, cond = experts(3), torch.ones(4, 1, 2)
+    fake, cond = experts(3), cond_of(torch.ones(4, 1, 2))
     losses = [m.fake_loss(fake, sample, cond, draws(), phase, rewards=rewards)[0] for m in (plain, weak, strong)]
     torch.testing.assert_close(losses[0], losses[1])
     assert not torch.isclose(losses[0], losses[2], rtol=1e-3)
@@ -125,7 +138,7 @@ def test_the_score_term_of_dp_dmd_leaves_the_first_step_alone_and_the_anchor_tra
     loose, _ = student_gradients(built(**settings, anchor={"detach": False}), phase)
     assert loose["transformer"].abs().sum() > 0
 
-    student, cond = experts(0), torch.randn(4, 1, 2, generator=seeded(1))
+    student, cond = experts(0), cond_of(torch.randn(4, 1, 2, generator=seeded(1)))
     sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
     walk = method.walk(sample)
     assert len(walk.grid) == 6
@@ -137,7 +150,7 @@ def test_the_score_term_of_dp_dmd_leaves_the_first_step_alone_and_the_anchor_tra
 def test_unrolling_differentiates_every_step_of_the_phase():
     """The gradient is autograd's through the whole walk; simulation's is the exit step's alone."""
     method = built(name="phased", rollout="unroll", shift=2.0, boundaries=(0.7,), guidance=2.0)
-    student, cond = experts(0), torch.randn(4, 1, 2, generator=seeded(1))
+    student, cond = experts(0), cond_of(torch.randn(4, 1, 2, generator=seeded(1)))
     process, grid = RectifiedFlow(), method.rollout.grid
     for phase in method.phases:
         sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
@@ -191,7 +204,7 @@ def test_augmentation_pulls_a_gaussian_away_from_the_unconditional_mean():
 @pytest.mark.parametrize("schedule", ["coupled", "full", "constrained", "hybrid"])
 def test_where_each_schedule_renoises(schedule):
     method = built(name="decoupled", decouple={"schedule": schedule}, solver="euler")
-    (phase,), student, cond = method.phases, experts(0), torch.ones(64, 1, 2)
+    (phase,), student, cond = method.phases, experts(0), cond_of(torch.ones(64, 1, 2))
     above = {"match": 0, "augment": 0}
     for i in range(60):
         d = draws(f"{i}/student", 64)
@@ -285,7 +298,7 @@ def test_mixtures_nobody_published_give_every_phase_a_finite_gradient(settings):
     rewards = torch.tensor([0.1, 0.9, 0.4, 0.2]) if method.adaptation else None
     for phase in method.phases:
         for i in range(4):
-            student, fake, teacher, cond = experts(0), experts(3), experts(5), torch.ones(4, 1, 2)
+            student, fake, teacher, cond = experts(0), experts(3), experts(5), cond_of(torch.ones(4, 1, 2))
             d = draws(f"{i}/student")
             sample = method.rollout(student, cond, d, phase, LATENT, grad=True)
             queries = method.queries(sample, phase, d, 0.3)
@@ -326,7 +339,9 @@ def test_presets_hold_the_papers_settings():
 
 
 def pairs(noise, target, cond, update="0/pairs"):
-    return Pairs(noise=noise, target=target, cond=cond, draws=draws(update, len(noise)), indices=(0,) * len(noise))
+    return Pairs(
+        noise=noise, target=target, cond=cond_of(cond), draws=draws(update, len(noise)), indices=(0,) * len(noise)
+    )
 
 
 def test_dmd_without_its_regression_s_weight_is_one_step_dmd2():
@@ -377,7 +392,7 @@ def test_a_student_of_more_steps_regresses_from_its_exit_step():
         batch = pairs(noise, torch.zeros_like(noise), cond, f"{i}/pairs")
         term, _ = method.paired_term(student, batch, paired_l2, phase, LATENT)
         loss = term.weighed(0.0, torch.zeros(()), alone)
-        sample = method.rollout(student, cond, batch.draws, phase, LATENT, grad=False, noise=noise)
+        sample = method.rollout(student, batch.cond, batch.draws, phase, LATENT, grad=False, noise=noise)
         assert torch.equal(sample.noise, noise)
         torch.testing.assert_close(loss.detach(), 0.25 * sample.x.square().mean())
     with pytest.raises(ValueError, match="has no regression"):

@@ -22,7 +22,7 @@ from raydmd.evaluation.metrics import (
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.zoo.judge import AttributeJudge, train_judge
-from raydmd.zoo.world import ATTRIBUTES, FRAMES, PIXELS_PER_FRAME, SIZE, Caption, World, parse
+from raydmd.zoo.world import ATTRIBUTES, FRAMES, PIXELS_PER_FRAME, SIZE, MovingCaption, World
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.unit
 
 
-def predictions(*captions: Caption) -> dict[str, Tensor]:
+def predictions(*captions: MovingCaption) -> dict[str, Tensor]:
     """What a perfect judge says of clips that show exactly these captions."""
     return {
         name: torch.tensor([values.index(getattr(c, name)) for c in captions]) for name, values in ATTRIBUTES.items()
     }
 
 
-def shown(**changes: str) -> Caption:
+def shown(**changes: str) -> MovingCaption:
     full = {"item": "bag", "colour": "red", "direction": "left", "speed": "fast"}
-    return Caption(**(full | changes))
+    return MovingCaption(**(full | changes))
 
 
 def test_accuracy_counts_only_what_is_stated() -> None:
@@ -114,7 +114,7 @@ def moving(speed: str, count: int = 6) -> Tensor:
         world = World(split="t10k")
     except FileNotFoundError:
         return torch.stack([square(PIXELS_PER_FRAME[speed], generator) for _ in range(count)])
-    clips, _ = world.clips([Caption(speed=speed)] * count, generator=generator)
+    clips, _ = world.clips([MovingCaption(speed=speed)] * count, generator=generator)
     return clips.transpose(1, 2) / 2 + 0.5
 
 
@@ -197,7 +197,7 @@ def test_prompts_are_singles_and_open_groups() -> None:
     assert prompts != evaluation_prompts(64, seed=6)
     assert len(prompts) == 64
     repeated = [prompts[i : i + 8] for i in range(32, 64, 8)]
-    assert all(len(set(group)) == 1 and parse(group[0]).open for group in repeated)
+    assert all(len(set(group)) == 1 and MovingCaption.parse(group[0]).open for group in repeated)
     assert len({group[0] for group in repeated}) == 4
     assert len(evaluation_prompts(7, seed=5)) == 7
     assert evaluation_prompts(0, seed=5) == []

@@ -48,7 +48,7 @@ class Net(Denoiser):
 
     def forward(self, x_t, t, cond):
         into, *blocks, out = self.network
-        hidden = into(torch.cat([x_t.flatten(1), t[:, None], cond.mean((1, 2))[:, None]], 1))[:, None]
+        hidden = into(torch.cat([x_t.flatten(1), t[:, None], cond.embeds.mean((1, 2))[:, None]], 1))[:, None]
         for block in blocks:
             hidden = block(hidden)
         return out(hidden).view_as(x_t)
@@ -144,10 +144,10 @@ def test_both_kinds_of_samples_are_judged_at_the_same_levels(name):
             d = draws(f"{i}/fake.0", first=4 * i)
             x0 = torch.full((4, *LATENT), 2.0)
             x_s = process.add_noise(x0, d.normal("s", LATENT), s)
-            sample = rolled(method, phase, experts(0), torch.ones(4, 1, 2))
+            sample = rolled(method, phase, experts(0), Conditions(embeds=torch.ones(4, 1, 2)))
             sample = type(sample)(**{**vars(sample), "x": x_s, "s": s})
             t, _ = phase.fake.draw(d, "fake.time")
-            a.critic_loss(sample, torch.ones(4, 1, 2), d, phase, t, 0.0)
+            a.critic_loss(sample, Conditions(embeds=torch.ones(4, 1, 2)), d, phase, t, 0.0)
         for kind, pairs in sums.items():
             x, t = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
             assert float(t.min()) > phase.end
@@ -165,7 +165,7 @@ def test_weights_of_zero_are_no_gan_at_all():
     for phase in method.phases:
         found = []
         for settings in (None, {"weight": off, "critic_weight": off}):
-            student, fake, cond = experts(0), experts(3), torch.ones(4, 1, 2)
+            student, fake, cond = experts(0), experts(3), Conditions(embeds=torch.ones(4, 1, 2))
             sample = rolled(method, phase, student, cond)
             others, more = [], None
             loss, _, t = method.fake_loss(fake, sample, cond, draws(), phase)
@@ -192,7 +192,7 @@ def test_weights_of_zero_are_no_gan_at_all():
 def test_the_student_descends_its_loss_and_the_judge_gets_no_gradient():
     method = build_method(Method(name="phased"), WAN22, RectifiedFlow(), "flow")
     for phase in method.phases:
-        student, fake, cond = experts(0), experts(3), torch.ones(4, 1, 2)
+        student, fake, cond = experts(0), experts(3), Conditions(embeds=torch.ones(4, 1, 2))
         a = adversary(fake, data(torch.zeros(5, *LATENT)))
         sample = rolled(method, phase, student, cond)
         term, metrics = a.student_term(sample, cond, draws(), phase, 0.0)
@@ -212,7 +212,7 @@ def test_the_student_descends_its_loss_and_the_judge_gets_no_gradient():
 def test_a_discriminator_learns_to_tell_two_gaussians(r1):
     method = build_method(Method(name="dmd2"), WAN22, RectifiedFlow(), "flow")
     (phase,) = method.phases
-    fake, cond = experts(3), torch.ones(16, 1, 2)
+    fake, cond = experts(3), Conditions(embeds=torch.ones(16, 1, 2))
     a = adversary(fake, data(1.5 + 0.1 * torch.randn(64, *LATENT, generator=seeded(0))), critic_weight=1.0, r1=r1)
     optimizer = torch.optim.Adam(parameters(a), lr=1e-2)
     student = experts(0)
@@ -241,17 +241,17 @@ def test_a_discriminator_learns_to_tell_two_gaussians(r1):
 def test_a_sample_without_caption_is_judged_without_prompt_and_so_is_its_partner():
     rows = [EMPTY, EMPTY + 1, EMPTY + 2, EMPTY, EMPTY + 1]
     x = torch.arange(5.0).view(5, 1, 1).expand(5, *LATENT)
-    real, cond = data(x, rows), torch.full((64, 1, 2), 9.0)
+    real, cond = data(x, rows), Conditions(embeds=torch.full((64, 1, 2), 9.0))
     d = draws(count=64)
     batch = real.batch(d)
     which = batch.x0[:, 0, 0].long()
     assert set(which.tolist()) == {0, 1, 2, 3, 4}
-    torch.testing.assert_close(batch.cond[:, 0, 0], torch.tensor([float(r) for r in rows])[which])
+    torch.testing.assert_close(batch.cond.embeds[:, 0, 0], torch.tensor([float(r) for r in rows])[which])
     without = torch.tensor(rows)[which] == EMPTY
-    heard = real.heard(d, cond)
+    heard = real.heard(d, cond).embeds
     assert bool((heard[without] == EMPTY).all())
     assert bool((heard[~without] == 9.0).all())
-    assert real.heard(draws(), torch.full((4, 1, 2), 9.0)).shape == (4, 1, 2)
+    assert len(real.heard(draws(), Conditions(embeds=torch.full((4, 1, 2), 9.0)))) == 4
     # Two halves are the whole: positions decide, not the rank.
     halves = [real.batch(draws(count=32, first=k)).x0 for k in (0, 32)]
     assert torch.equal(torch.cat(halves), batch.x0)
@@ -314,7 +314,7 @@ def test_ranks_balance_together():
 )
 def test_any_auxiliary_term_can_be_balanced(settings):
     method = build_method(Method(name="decoupled", rollout="unroll", **settings), WAN22, RectifiedFlow(), "flow")
-    (phase,), student, cond = method.phases, experts(0), torch.ones(4, 1, 2)
+    (phase,), student, cond = method.phases, experts(0), Conditions(embeds=torch.ones(4, 1, 2))
     sample = rolled(method, phase, student, cond)
     queries = method.queries(sample, phase, draws(), 0.0)
     half = torch.randn(4, *LATENT, generator=seeded(0))

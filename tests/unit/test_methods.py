@@ -11,7 +11,7 @@ from raydmd.guidance import Guidance
 from raydmd.methods.phases import TimeRange, split_grid
 from raydmd.methods.presets import build_method, source_expert, student_routing
 from raydmd.methods.terms import Answer
-from raydmd.models.base import Experts, Routing
+from raydmd.models.base import Conditions, Experts, Routing
 from raydmd.process import RectifiedFlow, step_grid, unshift
 from raydmd.recipe_method import Method
 
@@ -30,7 +30,15 @@ class Flow(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(2, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, x_t, t, cond):
-        return self.weight[0] * x_t + self.weight[1] * t.view(-1, 1, 1) + cond.mean((1, 2)).view(-1, 1, 1)
+        return self.weight[0] * x_t + self.weight[1] * t.view(-1, 1, 1) + cond.embeds.mean((1, 2)).view(-1, 1, 1)
+
+
+def cond_of(embeds: torch.Tensor) -> Conditions:
+    return Conditions(embeds=embeds)
+
+
+def none(cond: Conditions) -> Conditions:
+    return cond_of(torch.zeros_like(cond.embeds))
 
 
 def experts(routing: Routing, seed: int) -> Experts:
@@ -100,7 +108,7 @@ def test_split_grid_sends_a_step_at_the_boundary_to_the_noisier_phase():
 @pytest.mark.parametrize("name", ["phased", "dmd2"])
 def test_only_the_exit_step_carries_a_gradient_and_jumps_to_the_phases_end(name):
     method = build_method(PHASED if name == "phased" else DMD2, WAN22, RectifiedFlow(), "flow")
-    student, cond = experts(WAN22, 0), torch.randn(4, 1, 2)
+    student, cond = experts(WAN22, 0), cond_of(torch.randn(4, 1, 2))
     for phase in method.phases:
         exits = set()
         for i in range(24):
@@ -122,7 +130,7 @@ def test_the_last_exit_of_the_last_phase_is_the_sampler():
     from raydmd.sampling import sample
 
     method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
-    student, cond = experts(WAN22, 0), torch.randn(4, 1, 2)
+    student, cond = experts(WAN22, 0), cond_of(torch.randn(4, 1, 2))
     phase = method.phases[1]
     for i in range(20):
         d = draws(f"{i}/student")
@@ -138,11 +146,11 @@ def test_the_last_exit_of_the_last_phase_is_the_sampler():
 def test_a_fake_that_equals_the_teacher_gives_no_gradient_without_guidance():
     for settings in (Method(name="phased", guidance=1.0), Method(name="dmd2", guidance=1.0)):
         method = build_method(settings, WAN22, RectifiedFlow(), "flow")
-        student, teacher, cond = experts(WAN22, 0), experts(WAN22, 5), torch.randn(4, 1, 2)
+        student, teacher, cond = experts(WAN22, 0), experts(WAN22, 5), cond_of(torch.randn(4, 1, 2))
         for phase in method.phases:
             sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
             (query,) = method.queries(sample, phase, draws(), 0.0)
-            answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance).detach()
+            answer = teacher.guided_x0(query.x_t, query.t, cond, none(cond), query.guidance).detach()
             loss = method.generator_loss(teacher, sample, cond, [query], [Answer(value=answer)], 0.0)
             assert float(loss.detach()) == 0.0
 
@@ -150,11 +158,16 @@ def test_a_fake_that_equals_the_teacher_gives_no_gradient_without_guidance():
 def test_gradient_routing():
     """The generator's loss moves the student alone, the fake's loss the fake alone."""
     method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
-    student, fake, teacher, cond = experts(WAN22, 0), experts(WAN22, 3), experts(WAN22, 5), torch.randn(4, 1, 2)
+    student, fake, teacher, cond = (
+        experts(WAN22, 0),
+        experts(WAN22, 3),
+        experts(WAN22, 5),
+        cond_of(torch.randn(4, 1, 2)),
+    )
     phase = method.phases[1]
     sample = method.rollout(student, cond, draws(), phase, LATENT, grad=True)
     (query,) = method.queries(sample, phase, draws(), 0.0)
-    answer = teacher.guided_x0(query.x_t, query.t, cond, 0 * cond, query.guidance)
+    answer = teacher.guided_x0(query.x_t, query.t, cond, none(cond), query.guidance)
     method.generator_loss(fake, sample, cond, [query], [Answer(value=answer)], 0.0).backward()
     assert all(m.weight.grad is None for e in (fake, teacher) for m in e.modules.values())
     assert any(m.weight.grad is not None for m in student.modules.values())
@@ -168,7 +181,7 @@ def test_gradient_routing():
 
 def test_the_fakes_loss_of_a_clean_phase_is_plain_flow_matching():
     method = build_method(PHASED, WAN22, RectifiedFlow(), "flow")
-    phase, cond, fake = method.phases[1], torch.randn(4, 1, 2), experts(WAN22, 3)
+    phase, cond, fake = method.phases[1], cond_of(torch.randn(4, 1, 2)), experts(WAN22, 3)
     sample = method.rollout(experts(WAN22, 0), cond, draws(), phase, LATENT, grad=False)
     loss, _, t = method.fake_loss(fake, sample, cond, draws(), phase)
     noise = draws().normal("fake.noise", LATENT)

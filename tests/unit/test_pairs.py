@@ -58,7 +58,7 @@ class Flow(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(3, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, x_t, t, cond):
-        heard = self.weight[2] * cond.mean((1, 2)).view(-1, 1, 1)
+        heard = self.weight[2] * cond.embeds.mean((1, 2)).view(-1, 1, 1)
         return self.weight[0] * x_t + self.weight[1] * t.view(-1, 1, 1) + heard
 
 
@@ -227,12 +227,13 @@ def test_pairs_come_in_turn_by_position_alone_for_any_world_size(store):
     for cycle in (7, 2):
         whole, halves = one.batch(cycle), [stream(store, rank=r, world=2).batch(cycle) for r in (0, 1)]
         assert whole.indices == halves[0].indices + halves[1].indices
-        for name in ("noise", "target", "cond"):
+        for name in ("noise", "target"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(h, name) for h in halves]))
+        assert torch.equal(whole.cond.embeds, halves[0].cond.join(halves[1].cond).embeds)
         assert whole.draws.positions == halves[0].draws.positions + halves[1].draws.positions
         target, rows = store.targets(whole.indices)
         assert torch.equal(whole.target, target)
-        assert torch.equal(whole.cond, TABLE.rows(rows))
+        assert torch.equal(whole.cond.embeds, TABLE.rows(rows).embeds)
         assert torch.equal(whole.noise, store.noise(whole.indices))
 
 

@@ -34,11 +34,11 @@ class Tiny(Denoiser):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
         self.seen: list[int] = []
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         self.seen.append(len(x_t))
         if (x_t == 13).any():
             raise RuntimeError("bad luck")
-        out: Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], cond.mean(1)], 1))
+        out: Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], cond.embeds.mean(1)], 1))
         return torch.where(x_t == 99, torch.nan, out.view_as(x_t))
 
 

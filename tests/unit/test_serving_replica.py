@@ -35,12 +35,12 @@ class Gated(Denoiser):
         self.gate.set()
         self.threads: set[str] = set()
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         assert self.gate.wait(20)
         self.threads.add(threading.current_thread().name)
         if (x_t == 13).any():
             raise RuntimeError("bad luck")
-        out: Tensor = self.network(x_t) * cond.mean((1, 2))[:, None]
+        out: Tensor = self.network(x_t) * cond.embeds.mean((1, 2))[:, None]
         return torch.where(x_t == 99, torch.nan, out)
 
 

@@ -1,0 +1,140 @@
+"""What the benchmarks on the zoo share: a teacher in this process, training without Ray, samples and their figures."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydmd.evaluation.evaluate import evaluate
+from raydmd.evaluation.samples import Samples, evaluation_prompts
+from raydmd.guidance import Guidance
+from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models.places import locate
+from raydmd.process import step_grid
+from raydmd.rewards.classifier import ClassifierReward
+from raydmd.rewards.engine import load_reward_engine
+from raydmd.serving.engine import TeacherEngine
+from raydmd.serving.local import LocalClient
+from raydmd.training.events import EventLog
+from raydmd.training.export import load_student, solver, student_experts
+from raydmd.training.finish import Sampler
+from raydmd.training.pairing import check_pairs, open_pairs
+from raydmd.training.session import FolderSession
+from raydmd.training.worker import Job, Worker
+from raydmd.zoo.judge import AttributeJudge
+
+if TYPE_CHECKING:
+    import torch
+
+    from raydmd.models.base import Experts
+    from raydmd.recipe import Recipe
+
+HERE = Path(__file__).parent
+MODELS: dict[str, dict[str, Any]] = {
+    "wan22-tiny": {"shift": 5.0, "guidance": 4.0},
+    "sd35-tiny": {"shift": 3.0, "guidance": 3.5},
+}
+"""Settings of a method that are the model's."""
+BOUNDARIES = {"wan22-tiny": [0.875], "sd35-tiny": [0.75]}
+"""Of two phases, by model."""
+TRAINING: dict[str, Any] = {
+    "fake_updates": 3,
+    "fake_warmup": 30,
+    "student": {"rate": 2e-4, "lora": None},
+    "fake": {"rate": 6e-4},
+    "precision": "fp32",
+    "sharding": "ddp",
+    "ema": 0.99,
+    "decay": 0.4,
+}
+"""The zoo's, for one process."""
+TEACHER_STEPS = 40
+LOW = 0.05
+"""Share of the reference's samples that count as low in reward."""
+
+
+class Bench:
+    """A zoo model with its teacher in this process.
+
+    Args:
+        recipe: names model, method, seed and evaluation.
+        cache: folder for encoded prompts.
+        device: for everything.
+    """
+
+    def __init__(self, recipe: Recipe, cache: Path, device: torch.device) -> None:
+        self.recipe, self.cache, self.device = recipe, cache, device
+        place = locate(recipe.model)
+        self.family = load_family(recipe.model)
+        self.judge = AttributeJudge.load(place.judge)
+        self.prompts = place.prompts.read_text(encoding="utf-8").splitlines()
+        self.table = load_conditions(self.family.encode(self.prompts, cache))
+        self.teacher = load_teacher(self.family, "fp32", device=device)
+        self.asks = LocalClient(TeacherEngine(self.teacher, self.table))
+        self.network = type(next(iter(self.teacher.modules.values())).network)
+        e = recipe.evaluation
+        self._texts = evaluation_prompts(e.samples, seed=e.seed, language=self.judge.language)
+        self._asked = load_conditions(self.family.encode(list(dict.fromkeys(self._texts)), cache))
+
+    def sample(self, name: str, experts: Experts, grid: list[float], guidance: Guidance, **options: Any) -> Samples:
+        """Clips of the evaluation's prompts."""
+        unique = list(dict.fromkeys(self._texts))
+        rows = [1 + unique.index(t) for t in self._texts]
+        sampler = Sampler(name, name, experts, grid, guidance, **options)
+        return sampler.run(self.recipe, self.family, self._asked, rows, self._texts, self.device)
+
+    def teacher_samples(self) -> list[Samples]:
+        """The reference (the teacher on other noise), the teacher, and the teacher undistilled at few steps."""
+        m = self.recipe.method
+        few, full = step_grid(m.steps, m.shift), step_grid(TEACHER_STEPS, m.shift)
+        guided = Guidance(m.guidance)
+        made = [
+            self.sample("reference", self.teacher, full, guided, salt=1),
+            self.sample("teacher", self.teacher, full, guided),
+            self.sample(f"undistilled, {m.steps} steps unguided", self.teacher, few, Guidance()),
+            self.sample(f"undistilled, {m.steps // 2} steps guided", self.teacher, few[::2], guided),
+        ]
+        for module in self.teacher.modules.values():  # sampling leaves it on the CPU
+            module.to(self.device)
+        return made
+
+    def train(self, recipe: Recipe) -> tuple[str, Path]:
+        """Train without Ray; what it ended as, and the last checkpoint."""
+        folder = recipe.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        rewards = None
+        if recipe.method.adapt:
+            rewards = LocalClient(load_reward_engine(recipe, self.prompts, str(self.device)))
+        pairing = None
+        if paired := check_pairs(recipe, self.family):
+            pairing = open_pairs(recipe, self.family, self.family.encode(paired, self.cache), self.device)
+        job = Job(recipe=recipe, family=self.family, conditions=self.table, pairing=pairing)
+        session = FolderSession(folder, self.device)
+        end = Worker(job, self.asks, session, EventLog(folder / "events.jsonl"), rewards).run()
+        return end, max(folder.glob("cycle-*"))
+
+    def student_samples(self, recipe: Recipe, checkpoint: Path) -> Samples:
+        """What a checkpoint's student makes of the evaluation's prompts."""
+        student = student_experts(recipe, self.family, load_student(recipe, self.family, checkpoint))
+        grid = step_grid(recipe.method.steps, recipe.method.shift)
+        return self.sample("student", student, grid, Guidance(), renoise=solver(recipe) == "renoise")
+
+    def rows(self, reference: Samples, floor: Samples, others: list[Samples]) -> list[dict[str, Any]]:
+        """Figures of the reference, the floor and others, with the held-out reward."""
+        rows = evaluate(reference, floor, others, self.judge).to_json()["rows"]
+        return [r | self._rewarded(s, reference) for r, s in zip(rows, [reference, floor, *others], strict=True)]
+
+    def _rewarded(self, samples: Samples, reference: Samples) -> dict[str, float]:
+        """The evaluation judge's reward, and the share below the reference's lowest :data:`LOW`."""
+        reward = ClassifierReward(self.judge)
+        own, theirs = reward(samples.clips, samples.prompts), reward(reference.clips, reference.prompts)
+        return {"reward": float(own.mean()), "low": float((own < theirs.quantile(LOW)).float().mean())}
+
+
+@cache
+def commit() -> str:
+    """The commit that is measured, with a mark if files differ from it."""
+    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,91 @@
+"""Does the collapse monitor fire before the pictures are ruined, and does its rollback save the run?
+
+    python benchmarks/collapse.py
+
+CFG augmentation alone, at a rate far too high, on a zoo model: once unwatched to the end, once stopped where the
+monitor fires, once rolled back; and healthy runs, in which it must be silent. Training is in this process, without
+Ray. The table goes to the terminal, the figures to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, commit
+
+from raydmd.recipe import Recipe, derive
+from raydmd.training.checkpoint import cycle_of
+from raydmd.training.events import read_lines
+
+FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}}
+"""CFG augmentation alone."""
+COLUMNS = ("frechet", "joint", "flow", "brightness", "saturation", "diversity")
+
+
+def main() -> None:
+    """Train, look, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wan22-tiny", choices=list(MODELS))
+    parser.add_argument("--cycles", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=2e-3, help="the forced collapse's; the zoo's is 2e-4")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "collapse.json")
+    args = parser.parse_args()
+    fast = {"student": {"rate": args.rate}}
+    back = {"action": "rollback", "cut": 0.1}
+    runs: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+        "forced, unwatched": (FORCED, fast, {"action": "warn"}),
+        "forced, stopped at the alarm": (FORCED, fast, {"action": "stop"}),
+        "forced, rolled back": (FORCED, fast, back),
+        "healthy, decoupled": ({"name": "decoupled"}, {}, {"action": "warn"}),
+        "healthy, dmd2": ({"name": "dmd2"}, {}, {"action": "warn"}),
+        "healthy, phased": ({"name": "phased", "boundaries": BOUNDARIES[args.model]}, {}, {"action": "warn"}),
+    }
+    with tempfile.TemporaryDirectory(prefix="raydmd-collapse-") as scratch:
+        base = derive(
+            Recipe(name="run", output=Path(scratch)),
+            {
+                "model.path": args.model,
+                "training": TRAINING | {"batch": args.batch, "cycles": args.cycles, "checkpoint_every": 10},
+                "method": {"name": "dmd2"} | MODELS[args.model],
+                "evaluation": {"samples": args.samples},
+            },
+        )
+        bench = Bench(base, Path(scratch) / "conditions", torch.device(args.device))
+        reference, floor, *undistilled = bench.teacher_samples()
+        shown = bench.rows(reference, floor, undistilled)
+        for name, (method, training, monitor) in runs.items():
+            changes = {"name": name.replace(", ", "-").replace(" ", "-"), "method": method | MODELS[args.model]}
+            recipe = derive(base, changes | {"training": training, "monitor": monitor})
+            end, checkpoint = bench.train(recipe)
+            row = bench.rows(reference, floor, [bench.student_samples(recipe, checkpoint)])[-1]
+            alarms = [
+                {k: e[k] for k in ("cycle", "signal", "message", "action")}
+                for e in read_lines(recipe.folder / "events.jsonl")
+                if e["event"] == "alarm"
+            ]
+            shown.append(row | {"title": name, "end": end, "cycle": cycle_of(checkpoint.name), "alarms": alarms})
+            print(line(shown[-1]), flush=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {"commit": commit()}
+    args.output.write_text(json.dumps({"settings": settings, "rows": shown}, indent=1) + "\n", encoding="utf-8")
+    print("\n| | updates | " + " | ".join(COLUMNS) + " | alarms |\n|---|---|" + "---|" * (len(COLUMNS) + 1))
+    for row in shown:
+        print(line(row))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = ["" if row.get(key) is None else f"{row[key]:.3g}" for key in COLUMNS]
+    alarms = "; ".join(f"{a['cycle']}: {a['signal']}" for a in row.get("alarms", []))
+    return f"| {row['title']} | {row.get('cycle', '')} | " + " | ".join(cells) + f" | {alarms} |"
+
+
+if __name__ == "__main__":
+    main()
