@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=float, default=3200.0, help="network evaluations, times the batch")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=960)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
@@ -140,8 +140,12 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
             return bench.student_samples(sized, checkpoint) if name == "run" else None, count.total
 
         phases, warmup = 1 + len(recipe.method.boundaries), recipe.training.fake_warmup
-        per_cycle = train("probe", PROBE, 0)[1] / PROBE
-        warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
+        costs = result_file(args, model, f"{variant} costs", 0)  # the same for all seeds
+        if not costs.is_file():
+            per_cycle = train("probe", PROBE, 0)[1] / PROBE
+            warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
+            costs.write_text(json.dumps([per_cycle, warm]), encoding="utf-8")
+        per_cycle, warm = json.loads(costs.read_text(encoding="utf-8"))
         cycles = max(phases, math.floor((args.evaluations - warm) / per_cycle))
         student, total = train("run", cycles, warmup)
         reference, floor = torch.load(clips, weights_only=False)
