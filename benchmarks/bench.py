@@ -134,7 +134,11 @@ class Bench:
 
 
 @cache
-def commit() -> str:
-    """The commit that is measured, with a mark if files differ from it."""
-    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+def code() -> str:
+    """The state of ``raydmd/`` that is measured: its tree in git, with a mark if files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD:raydmd") + ("-dirty" if git("status", "--porcelain", "../raydmd") else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, commit
+from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, code
 
 from raydmd.recipe import Recipe, derive
 from raydmd.training.checkpoint import cycle_of
@@ -73,7 +73,7 @@ def main() -> None:
             ]
             shown.append(row | {"title": name, "end": end, "cycle": cycle_of(checkpoint.name), "alarms": alarms})
             print(line(shown[-1]), flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {"commit": commit()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {"code": code()}
     args.output.write_text(json.dumps({"settings": settings, "rows": shown}, indent=1) + "\n", encoding="utf-8")
     print("\n| | updates | " + " | ".join(COLUMNS) + " | alarms |\n|---|---|" + "---|" * (len(COLUMNS) + 1))
     for row in shown:

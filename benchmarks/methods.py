@@ -3,13 +3,14 @@
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
 evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates, batch and seeds.
 Pairs are made before and counted apart. Compared is with the teacher at full steps on other noise, by a judge that
-no variant is rewarded by. Results of finished runs are kept in ``--output/methods/`` by their settings and the
-commit, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
+no variant is rewarded by. Results of finished runs are kept in ``--output/methods/`` by their settings and the state
+of ``raydmd/``, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,12 +19,16 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from bench import BOUNDARIES, MODELS, TRAINING, Bench, commit
+from bench import BOUNDARIES, MODELS, TRAINING, Bench, code
+from scipy.stats import ttest_1samp, ttest_ind
 
 from raydmd.recipe import Recipe, derive
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 PAIRED = "dmd, 1 step"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,7 +59,24 @@ COLUMNS = {
     "reward": ("held-out reward", "{:.2f}"),
     "low": ("low-reward share", "{:.3f}"),
 }
+DIRECTIONS = (
+    ("DP-DMD's diversity above DMD2's", "dp_dmd", "coverage_entropy", "above", "dmd2"),
+    ("Phased DMD's diversity above DMD2's", "phased", "coverage_entropy", "above", "dmd2"),
+    ("Phased DMD's motion above DMD2's", "phased", "flow", "above", "dmd2"),
+    ("hybrid better than constrained", "decoupled (hybrid)", "frechet", "below", "decoupled, constrained"),
+    ("hybrid better than full", "decoupled (hybrid)", "frechet", "below", "decoupled, full"),
+    ("hybrid better than coupled", "decoupled (hybrid)", "frechet", "below", "decoupled, coupled"),
+    ("CA alone drifts", "CA alone", "saturation", "above", "reference"),
+    ("DM repairs CA", "decoupled (hybrid)", "frechet", "below", "CA alone"),
+    ("AMD's held-out reward above DMD2's", "amd", "reward", "above", "dmd2"),
+    ("AMD has fewer low-reward samples than DMD2", "amd", "low", "below", "dmd2"),
+    ("DMD's regression keeps modes", PAIRED, "coverage_entropy", "above", "dmd without pairs, 1 step"),
+)
+"""What the papers say, as a figure of one variant against another's."""
+CLEAR = 0.05
+"""Probability of so large a difference between equal means, by Welch's test, below which it counts."""
 TEACHER = "teacher"
+COSTS = " costs"
 PROBE = 12
 """Cycles over which a variant's network evaluations are counted before it trains."""
 
@@ -110,17 +132,22 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, str, int]]) -> None:
 
 def result_file(args: argparse.Namespace, model: str, variant: str, seed: int) -> Path:
     """Where the figures of a run are kept; its settings are part of the name."""
-    settings = f"{args.evaluations:g}-{args.batch}-{args.pairs}-{args.samples}-{commit()}"
     name = "".join(c for c in variant.replace(" ", "-") if c.isalnum() or c == "-")
-    return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{settings}.json"
+    trained = [VARIANTS.get(variant.removesuffix(COSTS), {}), MODELS[model], BOUNDARIES[model], TRAINING]
+    asked = [args.evaluations, args.batch, args.pairs, args.samples, args.device]
+    return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{_key(trained, asked)}.json"
+
+
+def _key(*what: Any) -> str:
+    return hashlib.sha256(json.dumps([*what, code()]).encode()).hexdigest()[:12]
 
 
 def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
     """Train and measure one variant, or sample the teacher and make its pairs."""
     torch.set_num_threads(1)
     out = result_file(args, model, variant, seed)
-    clips = out.parent / f"{model}_{args.samples}_{commit()}.pt"
-    pairs = out.parent / f"{model}_pairs_{args.pairs}_{commit()}"
+    made_for = _key(MODELS[model], args.samples, args.pairs, args.device)
+    clips, pairs = (out.parent / f"{model}_{what}_{made_for}" for what in ("clips.pt", "pairs"))
     with tempfile.TemporaryDirectory(prefix="raydmd-methods-") as scratch:
         recipe = recipe_of(args, model, variant, seed, Path(scratch), pairs)
         bench = Bench(recipe, Path(scratch) / "conditions", torch.device(args.device))
@@ -140,7 +167,7 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
             return bench.student_samples(sized, checkpoint) if name == "run" else None, count.total
 
         phases, warmup = 1 + len(recipe.method.boundaries), recipe.training.fake_warmup
-        costs = result_file(args, model, f"{variant} costs", 0)  # the same for all seeds
+        costs = result_file(args, model, variant + COSTS, 0)  # the same for all seeds
         if not costs.is_file():
             per_cycle = train("probe", PROBE, 0)[1] / PROBE
             warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
@@ -207,6 +234,34 @@ def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, fol
     )
 
 
+def directions(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The papers' directions beside what was measured, as Markdown."""
+    lines = ["| the papers say | measured | |", "|---|---|---|"]
+    for says, one_name, key, way, other_name in DIRECTIONS:
+        found = [[float(r[key]) for r in shown.get(n, []) if r.get(key) is not None] for n in (one_name, other_name)]
+        if not all(found):
+            continue
+        form = COLUMNS[key][1]
+        means = [mean(v) for v in found]
+        so = (means[0] > means[1]) == (way == "above")
+        p = by_chance(*found)
+        verdict = f"{'yes' if so else 'the contrary'} (p = {p:.2g})"
+        if p >= CLEAR:
+            verdict = f"not told apart (p = {p:.2g}, leans {'so' if so else 'the other way'})"
+        figures = " against ".join(form.format(m) for m in means)
+        lines.append(f"| {says} | {COLUMNS[key][0]} {figures} | {verdict} |")
+    return lines
+
+
+def by_chance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Probability of such a difference between equal means; of a single value, that it is the others' mean."""
+    if len(a) == 1 and len(b) == 1:
+        return 1.0
+    if len(b) == 1:
+        return float(ttest_1samp(a, b[0]).pvalue)
+    return float(ttest_ind(a, b, equal_var=False).pvalue)
+
+
 def write(args: argparse.Namespace) -> None:
     """Means and spreads over the seeds, as Markdown and as JSON."""
     lines, figures = [], {}
@@ -230,11 +285,13 @@ def write(args: argparse.Namespace) -> None:
                 spread = f" ± {form.format(stdev(values))}" if len(values) > 1 and key != "cycles" else ""
                 cells.append(form.format(mean(values)) + spread if values else "")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("only", "processes")
-    }
-    lines.append(f"{args.seeds} seeds, mean ± standard deviation; {json.dumps(settings)}")
+        lines += ["", *directions(shown), ""]
+    hidden = ("only", "processes", "output")
+    settings = {k: v for k, v in vars(args).items() if k not in hidden} | {"code": code()}
+    lines.append(
+        f"{args.seeds} seeds, mean ± standard deviation; two means count as different where Welch's test gives "
+        f"p < {CLEAR:g}. {json.dumps(settings)}"
+    )
     (args.output / "methods.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.output / "methods.json").write_text(json.dumps({"settings": settings, "rows": figures}, indent=1) + "\n")
     print("\n".join(lines))
