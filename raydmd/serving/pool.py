@@ -63,17 +63,41 @@ class Replicas:
 class Pool:
     """Replicas of one frozen model. Owned by the process that started them; they end with it."""
 
-    def __init__(self, spec: ClientSpec) -> None:
-        """Take charge of running replicas; :meth:`start` makes them.
+    def __init__(self, spec: ClientSpec, asked: Replicas, clock: Callable[[], float]) -> None:
+        """Take charge of replicas that load; :meth:`launch` and :meth:`start` make them.
 
         Args:
             spec: the replicas and how clients talk to them.
+            asked: what each has been given.
+            clock: seconds.
         """
-        self._spec = spec
+        self._spec, self._asked, self._clock = spec, asked, clock
         self._open = True
+        self._deadline = clock() + spec.start_timeout
+        self._loading: dict[Any, ReplicaHandle] = {r.actor.ping.remote(): r for r in spec.replicas}
+        self._last = ""
 
     @classmethod
-    def start(
+    def start(cls, asked: Replicas, build: Callable[[str], Engine], **settings: Any) -> Self:
+        """:meth:`launch`, and wait until every replica has loaded and answered.
+
+        Returns:
+            The pool; close it, or use it as a context.
+
+        Raises:
+            PoolError: as :meth:`loaded` does. All replicas are ended then.
+        """
+        pool = cls.launch(asked, build, **settings)
+        try:
+            while not pool.loaded(patience=_SLICE):
+                pass
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    @classmethod
+    def launch(
         cls,
         asked: Replicas,
         build: Callable[[str], Engine],
@@ -87,7 +111,7 @@ class Pool:
         max_retries: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> Self:
-        """Start the replicas and wait until each has loaded and answered.
+        """Start the replicas; they load while other things start.
 
         Args:
             asked: how many replicas, what each gets, and its batch bounds.
@@ -104,11 +128,7 @@ class Pool:
             clock: seconds.
 
         Returns:
-            The pool; close it, or use it as a context.
-
-        Raises:
-            PoolError: if a replica cannot load (with its own error) or does not answer in time. All
-                replicas are ended then.
+            The pool; close it, or use it as a context. Ask :meth:`loaded` until it says yes.
         """
         actor = ray.remote(Replica)
         handles = []
@@ -134,22 +154,52 @@ class Pool:
             )
             handle = options.remote(build, settings)
             handles.append(ReplicaHandle(settings.name, handle))
-        pool = cls(
-            ClientSpec(
-                pool=name,
-                replicas=tuple(handles),
-                deterministic=deterministic,
-                request_timeout=request_timeout,
-                attempt_timeout=(request_timeout / 3 if attempt_timeout is None else attempt_timeout),
-                max_retries=max_retries,
-            )
+        spec = ClientSpec(
+            pool=name,
+            replicas=tuple(handles),
+            deterministic=deterministic,
+            start_timeout=start_timeout,
+            request_timeout=request_timeout,
+            attempt_timeout=(request_timeout / 3 if attempt_timeout is None else attempt_timeout),
+            max_retries=max_retries,
         )
-        try:
-            pool._await_all(start_timeout, asked, clock)
-        except BaseException:
-            pool.close()
-            raise
-        return pool
+        return cls(spec, asked, clock)
+
+    def loaded(self, patience: float = 0.0) -> bool:
+        """Whether every replica has loaded and answered.
+
+        Args:
+            patience: seconds to wait for the next answer.
+
+        Raises:
+            PoolError: if a replica cannot load (with its own error), or did not within ``start_timeout``.
+        """
+        left = self._deadline - self._clock()
+        if self._loading and left <= 0:
+            names = sorted(r.name for r in self._loading.values())
+            raise PoolError(
+                f"pool {self._spec.pool!r}: {', '.join(names)} did not load within {self._spec.start_timeout:g} s. "
+                f"Asked for {self._asked.copies} x {_demand(self._asked)}; the cluster has "
+                f"{_cluster()}{f'; last error: {self._last}' if self._last else ''}"
+            )
+        if not self._loading:
+            return True
+        done, _ = ray.wait(list(self._loading), num_returns=1, timeout=min(left, patience))
+        for ref in done:
+            replica = self._loading.pop(ref)
+            try:
+                ray.get(ref, timeout=_SLICE)
+            except ActorDiedError as error:
+                text = plain(error)
+                raise PoolError(
+                    f"pool {self._spec.pool!r}: replica {replica.name!r} could not load: "
+                    f"{text.splitlines()[-1]}\n{text}"
+                ) from None
+            except RayError as error:  # its process died while loading; Ray starts another
+                self._last = plain(error)
+                time.sleep(0.2)
+                self._loading[replica.actor.ping.remote()] = replica
+        return not self._loading
 
     def client_spec(self) -> ClientSpec:
         """What a worker needs to make a client: picklable, goes into the workers' configuration."""
@@ -196,36 +246,6 @@ class Pool:
     ) -> None:
         """Close."""
         self.close()
-
-    def _await_all(self, timeout: float, asked: Replicas, clock: Callable[[], float]) -> None:
-        deadline = clock() + timeout
-        waiting: dict[Any, ReplicaHandle] = {r.actor.ping.remote(): r for r in self._spec.replicas}
-        last = ""
-        while waiting:
-            left = deadline - clock()
-            if left <= 0:
-                names = sorted(r.name for r in waiting.values())
-                raise PoolError(
-                    f"pool {self._spec.pool!r}: {', '.join(names)} did not load within "
-                    f"{timeout:g} s. "
-                    f"Asked for {asked.copies} x {_demand(asked)}; the cluster has "
-                    f"{_cluster()}{f'; last error: {last}' if last else ''}"
-                )
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, _SLICE))
-            for ref in done:
-                replica = waiting.pop(ref)
-                try:
-                    ray.get(ref, timeout=_SLICE)
-                except ActorDiedError as error:
-                    text = plain(error)
-                    raise PoolError(
-                        f"pool {self._spec.pool!r}: replica {replica.name!r} could not load: "
-                        f"{text.splitlines()[-1]}\n{text}"
-                    ) from None
-                except RayError as error:  # its process died while loading; Ray starts another
-                    last = plain(error)
-                    time.sleep(0.2)
-                    waiting[replica.actor.ping.remote()] = replica
 
 
 def _demand(asked: Replicas) -> dict[str, float]:

@@ -33,6 +33,8 @@ _SLICE = 0.2
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
 _PROBE_TIMEOUT = 10.0
 _FETCH_TIMEOUT = 60.0
+_GRACE = 30.0
+"""Seconds that replicas may load longer than the first of their pool before a client does without them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ClientSpec:
         pool: its name.
         replicas: in one order for all clients.
         deterministic: route by request name.
+        start_timeout: seconds that a client's first request waits for replicas that are still loading.
         request_timeout: seconds from submit to a request's deadline.
         attempt_timeout: seconds after which a silent attempt is repeated elsewhere.
         max_retries: failed attempts after which a request gives up.
@@ -65,6 +68,7 @@ class ClientSpec:
     pool: str
     replicas: tuple[ReplicaHandle, ...]
     deterministic: bool
+    start_timeout: float
     request_timeout: float
     attempt_timeout: float
     max_retries: int
@@ -154,6 +158,7 @@ class PoolClient(Client):
         self._open: weakref.WeakSet[PoolPending] = weakref.WeakSet()
         self._retries = 0
         self._refusals = 0
+        self._met = False
 
     @property
     def retries(self) -> int:
@@ -170,7 +175,13 @@ class PoolClient(Client):
         return {name: replica.health.state.value for name, replica in self._replicas.items()}
 
     def submit(self, request: Request) -> PoolPending:
-        """Send a request to one replica, at once; if none is usable now, ``result`` will."""
+        """Send a request to one replica, at once; if none is usable now, ``result`` will.
+
+        Only the first one waits, for replicas that still load.
+        """
+        if not self._met:
+            self._meet()
+            self._met = True
         now = self._clock()
         # Stored once: a resend cannot see later changes of the tensors, and costs no second copy.
         payload = ray.put(encode_request(request, self._id))
@@ -278,6 +289,15 @@ class PoolClient(Client):
             if target is not None:
                 self._send(pending, target, now)
         return None
+
+    def _meet(self) -> None:
+        """Wait until every replica has loaded or failed; those late behind another are left to the probes."""
+        pings = {replica.actor.ping.remote(): replica for replica in self._replicas.values()}
+        first, _ = ray.wait(list(pings), num_returns=1, timeout=self._spec.start_timeout)
+        if first:
+            _, late = ray.wait(list(pings), num_returns=len(pings), timeout=_GRACE)
+            for ref in late:
+                pings[ref].health.process_lost(self._clock(), "it still loads")
 
     def _probe(self, now: float) -> None:
         """Take in answers of probes, and send those that are due. Never blocks."""

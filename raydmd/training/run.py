@@ -170,7 +170,7 @@ def train(
     with contextlib.ExitStack() as stack:
         pool = None
         if p.teacher == "remote":
-            pool = Pool.start(
+            pool = Pool.launch(
                 teacher_replicas(recipe),
                 functools.partial(
                     load_teacher_engine, functools.partial(build_teacher, recipe), str(conditions), latent
@@ -182,7 +182,7 @@ def train(
             stack.callback(pool.close)
         judges = None
         if recipe.method.adapt and p.reward == "remote":
-            judges = Pool.start(
+            judges = Pool.launch(
                 reward_replicas(recipe),
                 functools.partial(load_reward_engine, recipe, prompts),
                 name=f"{recipe.name}/reward",
@@ -227,7 +227,7 @@ def train(
         seen = sum(1 for _ in read_lines(events))
         follower = stack.enter_context(Follower(folder, recipe, tracker))
         try:
-            result = fit(trainer)
+            result = fit(trainer, [p for p in (pool, judges) if p])
         except ray.train.TrainingFailedError as error:
             raise RunFailed(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"

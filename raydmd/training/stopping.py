@@ -9,12 +9,14 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import FrameType
 
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from raydmd.serving.pool import Pool
 
 
 @contextlib.contextmanager
@@ -38,8 +40,16 @@ def stop_on_signals(stop: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def fit(trainer: TorchTrainer) -> ray.train.Result:
-    """Run the trainer in a thread of its own: in the main one Ray takes Ctrl-C for itself and aborts the run."""
+def fit(trainer: TorchTrainer, pools: Sequence[Pool]) -> ray.train.Result:
+    """Run the trainer in a thread of its own: in the main one Ray takes Ctrl-C for itself and aborts the run.
+
+    Args:
+        trainer: to be run.
+        pools: that load meanwhile.
+
+    Raises:
+        PoolError: if a pool does not load; the caller ends what the trainer has started.
+    """
     done: Future[ray.train.Result] = Future()
 
     def work() -> None:
@@ -49,6 +59,7 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
             done.set_exception(error)
 
     threading.Thread(target=work, name="raydmd-fit", daemon=True).start()
-    while not wait([done], timeout=1.0).done:
-        pass  # signals are heeded in between
+    while not wait([done], timeout=1.0).done:  # signals are heeded in between
+        for pool in pools:
+            pool.loaded()
     return done.result()
