@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
+import hashlib
+import json
+import math
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import raydmd
 from raydmd.evaluation.evaluate import evaluate
+from raydmd.evaluation.metrics import coverage
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
 from raydmd.models import load_conditions, load_family, load_teacher
@@ -22,7 +27,7 @@ from raydmd.training.export import load_student, solver, student_experts
 from raydmd.training.finish import Sampler
 from raydmd.training.pairing import check_pairs, open_pairs
 from raydmd.training.session import FolderSession
-from raydmd.training.worker import Job, Worker
+from raydmd.training.worker import STUDENT, Job, Worker, write_student
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
@@ -37,8 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd35-tiny": {"shift": 3.0, "guidance": 3.5},
 }
 """Settings of a method that are the model's."""
-BOUNDARIES = {"wan22-tiny": [0.875], "sd35-tiny": [0.75]}
-"""Of two phases, by model."""
+BOUNDARIES = {"wan22-tiny": [0.875], "sd35-tiny": [0.8]}
+"""Of two phases of two steps each, by model."""
 TRAINING: dict[str, Any] = {
     "fake_updates": 3,
     "fake_warmup": 30,
@@ -112,8 +117,11 @@ class Bench:
             pairing = open_pairs(recipe, self.family, self.family.encode(paired, self.cache), self.device)
         job = Job(recipe=recipe, family=self.family, conditions=self.table, pairing=pairing)
         session = FolderSession(folder, self.device)
-        end = Worker(job, self.asks, session, EventLog(folder / "events.jsonl"), rewards).run()
-        return end, max(folder.glob("cycle-*"))
+        worker = Worker(job, self.asks, session, EventLog(folder / "events.jsonl"), rewards)
+        end, checkpoint = worker.run(), max(folder.glob("cycle-*"))
+        if not (checkpoint / STUDENT).is_dir():  # a stop's checkpoint is for resuming
+            write_student(checkpoint / STUDENT, worker.student, rank=0)
+        return end, checkpoint
 
     def student_samples(self, recipe: Recipe, checkpoint: Path) -> Samples:
         """What a checkpoint's student makes of the evaluation's prompts."""
@@ -130,15 +138,28 @@ class Bench:
         """The evaluation judge's reward, and the share below the reference's lowest :data:`LOW`."""
         reward = ClassifierReward(self.judge)
         own, theirs = reward(samples.clips, samples.prompts), reward(reference.clips, reference.prompts)
-        return {"reward": float(own.mean()), "low": float((own < theirs.quantile(LOW)).float().mean())}
+        found = {"reward": float(own.mean()), "low": float((own < theirs.quantile(LOW)).float().mean())}
+        right = own > math.log(0.5)  # on average: what shows something else than asked for is no mode of its prompt
+        predictions = {k: v[right] for k, v in self.judge.predict(samples.clips).items()}
+        prompts = [p for p, good in zip(samples.prompts, right.tolist(), strict=True) if good]
+        if among := coverage(prompts, predictions, self.judge.language)["grouped"].get("mean"):
+            found["coverage_right"] = among["entropy"]
+        return found
 
 
 @cache
 def code() -> str:
-    """The state of ``raydmd/`` that is measured: its tree in git, with a mark if files differ from it."""
+    """The state of what is measured: the imported package and these scripts."""
+    digest = hashlib.sha256()
+    for root in (Path(raydmd.__file__).parent, HERE):
+        for file in sorted(f for f in root.rglob("*") if f.is_file() and f.suffix in (".py", ".safetensors", ".json")):
+            if "results" not in file.relative_to(root).parts:
+                digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:10]
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD:raydmd") + ("-dirty" if git("status", "--porcelain", "../raydmd") else "")
+def keep(file: Path, found: Any) -> None:
+    """Write JSON at once or not at all."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)

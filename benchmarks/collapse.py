@@ -3,20 +3,20 @@
     python benchmarks/collapse.py
 
 CFG augmentation alone, at a rate far too high, on a zoo model: once unwatched to the end, once stopped where the
-monitor fires, once rolled back; and healthy runs, in which it must be silent. Training is in this process, without
-Ray. The table goes to the terminal, the figures to ``--output``.
+monitor fires, once rolled back with the recipe's own factors; beside it the same at the usual rate, and healthy
+runs, in which the monitor must be silent. Training is in this process, without Ray. The table goes to the terminal, the figures
+to ``--output`` after every run. Ends with 1 if the monitor was silent or late, saved nothing, or cried wolf.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, code
+from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, code, keep
 
 from raydmd.recipe import Recipe, derive
 from raydmd.training.checkpoint import cycle_of
@@ -24,6 +24,8 @@ from raydmd.training.events import read_lines
 
 FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}}
 """CFG augmentation alone."""
+RUINED = 0.8
+"""Share of the teacher's joint accuracy below which pictures count as ruined."""
 COLUMNS = ("frechet", "joint", "flow", "brightness", "saturation", "diversity")
 
 
@@ -39,11 +41,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "collapse.json")
     args = parser.parse_args()
     fast = {"student": {"rate": args.rate}}
-    back = {"action": "rollback", "cut": 0.1}
     runs: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         "forced, unwatched": (FORCED, fast, {"action": "warn"}),
         "forced, stopped at the alarm": (FORCED, fast, {"action": "stop"}),
-        "forced, rolled back": (FORCED, fast, back),
+        "forced, rolled back": (FORCED, fast, {"action": "rollback"}),
+        "CA alone, usual rate": (FORCED, {}, {"action": "warn"}),
         "healthy, decoupled": ({"name": "decoupled"}, {}, {"action": "warn"}),
         "healthy, dmd2": ({"name": "dmd2"}, {}, {"action": "warn"}),
         "healthy, phased": ({"name": "phased", "boundaries": BOUNDARIES[args.model]}, {}, {"action": "warn"}),
@@ -73,11 +75,24 @@ def main() -> None:
             ]
             shown.append(row | {"title": name, "end": end, "cycle": cycle_of(checkpoint.name), "alarms": alarms})
             print(line(shown[-1]), flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {"code": code()}
-    args.output.write_text(json.dumps({"settings": settings, "rows": shown}, indent=1) + "\n", encoding="utf-8")
+            settings = {k: v for k, v in vars(args).items() if k != "output"} | {"code": code()}
+            keep(args.output, {"settings": settings, "rows": shown})
     print("\n| | updates | " + " | ".join(COLUMNS) + " | alarms |\n|---|---|" + "---|" * (len(COLUMNS) + 1))
     for row in shown:
         print(line(row))
+    by_title = {row["title"]: row for row in shown}
+    ruined, stopped, saved = (
+        by_title[f"forced, {how}"] for how in ("unwatched", "stopped at the alarm", "rolled back")
+    )
+    checks = {
+        "the unwatched run is ruined": ruined["joint"] < RUINED * by_title["teacher"]["joint"],
+        "the monitor fires": bool(stopped["alarms"]),
+        "before the pictures are ruined": stopped["joint"] >= RUINED * by_title["teacher"]["joint"],
+        "the rolled back run is not ruined": saved["joint"] >= RUINED * by_title["teacher"]["joint"],
+        "healthy runs are silent": not any(row["alarms"] for t, row in by_title.items() if t.startswith("healthy")),
+    }
+    print("\n" + "\n".join(f"{'yes' if held else 'NO '}  {what}" for what, held in checks.items()))
+    raise SystemExit(0 if all(checks.values()) else 1)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """Every method beside every other, at equal compute: python benchmarks/methods.py (or: make methods).
 
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
-evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates, batch and seeds.
-Pairs are made before and counted apart. Compared is with the teacher at full steps on other noise, by a judge that
-no variant is rewarded by. Results of finished runs are kept in ``--output/methods/`` by their settings and the state
-of ``raydmd/``, and not repeated; table and figures go to ``--output/methods.md`` and ``methods.json``.
+evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates and batch.
+Beside it stand what else a variant costs: its pairs' evaluations (once for all seeds) and its seconds of CPU, rewards
+included. Each seed has a training seed, prompts and noise of its own, for the teacher too. Compared is with the
+teacher at full steps on other noise, by a judge of other weights than the one that rewards. Finished runs are kept in
+``--output/methods/`` by their settings and the state of the code, and not repeated; table and figures go to
+``--output/methods.md`` and ``methods.json``.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from bench import BOUNDARIES, MODELS, TRAINING, Bench, code
-from scipy.stats import ttest_1samp, ttest_ind
+from bench import BOUNDARIES, MODELS, TRAINING, Bench, code, keep
+from scipy.stats import ttest_ind
 
 from raydmd.recipe import Recipe, derive
 
@@ -46,12 +49,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DM alone": {"name": "decoupled", "decouple": {"augment": 0.0}},
     "amd": {"name": "amd"},
     "dp_dmd": {"name": "dp_dmd"},
+    "dp_dmd without anchor": {"name": "dp_dmd", "anchor": None},
 }
 COLUMNS = {
     "cycles": ("updates", "{:.0f}"),
+    "evaluated": ("evaluations", "{:.0f}"),
+    "pairs": ("for pairs", "{:.0f}"),
+    "cpu": ("CPU s", "{:.0f}"),
     "frechet": ("Fréchet", "{:.1f}"),
     "joint": ("joint", "{:.3f}"),
     "coverage_entropy": ("coverage entropy", "{:.3f}"),
+    "coverage_right": ("of right ones", "{:.3f}"),
     "missing_modes": ("missing modes", "{:.3f}"),
     "diversity": ("diversity", "{:.3f}"),
     "flow": ("flow", "{:.2f}"),
@@ -60,23 +68,30 @@ COLUMNS = {
     "low": ("low-reward share", "{:.3f}"),
 }
 DIRECTIONS = (
-    ("DP-DMD's diversity above DMD2's", "dp_dmd", "coverage_entropy", "above", "dmd2"),
-    ("Phased DMD's diversity above DMD2's", "phased", "coverage_entropy", "above", "dmd2"),
-    ("Phased DMD's motion above DMD2's", "phased", "flow", "above", "dmd2"),
-    ("hybrid better than constrained", "decoupled (hybrid)", "frechet", "below", "decoupled, constrained"),
-    ("hybrid better than full", "decoupled (hybrid)", "frechet", "below", "decoupled, full"),
-    ("hybrid better than coupled", "decoupled (hybrid)", "frechet", "below", "decoupled, coupled"),
-    ("CA alone drifts", "CA alone", "saturation", "above", "reference"),
+    ("DP-DMD is more diverse than DMD2", "dp_dmd", "coverage_right", "above", "dmd2"),
+    ("its anchor is why", "dp_dmd", "coverage_right", "above", "dp_dmd without anchor"),
+    ("Phased DMD is more diverse than DMD2", "phased", "coverage_right", "above", "dmd2"),
+    ("also where both are normalised", "phased, normalised", "coverage_right", "above", "dmd2"),
+    ("also where neither is", "phased", "coverage_right", "above", "dmd2, not normalised"),
+    ("Phased DMD moves more than DMD2", "phased", "flow", "above", "dmd2"),
+    ("also where both are normalised", "phased, normalised", "flow", "above", "dmd2"),
+    ("also where neither is", "phased", "flow", "above", "dmd2, not normalised"),
+    ("hybrid is better than constrained", "decoupled (hybrid)", "frechet", "below", "decoupled, constrained"),
+    ("hybrid is better than full", "decoupled (hybrid)", "frechet", "below", "decoupled, full"),
+    ("hybrid is better than coupled", "decoupled (hybrid)", "frechet", "below", "decoupled, coupled"),
+    ("CA alone drifts", "CA alone", "saturation", "above", "DM alone"),
     ("DM repairs CA", "decoupled (hybrid)", "frechet", "below", "CA alone"),
-    ("AMD's held-out reward above DMD2's", "amd", "reward", "above", "dmd2"),
-    ("AMD has fewer low-reward samples than DMD2", "amd", "low", "below", "dmd2"),
-    ("DMD's regression keeps modes", PAIRED, "coverage_entropy", "above", "dmd without pairs, 1 step"),
+    ("AMD's held-out reward is above DMD2's", "amd", "reward", "above", "dmd2"),
+    ("and above what it adapts", "amd", "reward", "above", "decoupled (hybrid)"),
+    ("AMD has fewer low-reward samples", "amd", "low", "below", "decoupled (hybrid)"),
+    ("DMD's regression keeps modes", PAIRED, "coverage_right", "above", "dmd without pairs, 1 step"),
 )
-"""What the papers say, as a figure of one variant against another's."""
+"""What the papers say, as a figure of one variant against another's, and the same against closer controls."""
 CLEAR = 0.05
-"""Probability of so large a difference between equal means, by Welch's test, below which it counts."""
+"""Probability of so large a difference between equal means, by Welch's test and Holm's correction, below which it
+counts."""
 TEACHER = "teacher"
-COSTS = " costs"
+COSTS, COST = " costs", "cost.json"
 PROBE = 12
 """Cycles over which a variant's network evaluations are counted before it trains."""
 
@@ -102,9 +117,9 @@ def main() -> None:
         return
     folder = args.output / "methods"
     folder.mkdir(parents=True, exist_ok=True)
-    references = [(model, TEACHER, 0) for model in args.models]
-    run_all(args, references)  # students are measured against their clips
-    run_all(args, [(m, v, s) for s in range(args.seeds) for m in args.models for v in args.variants])
+    for seed in range(args.seeds):
+        run_all(args, [(m, TEACHER, seed) for m in args.models])  # students are measured against their clips
+        run_all(args, [(m, v, seed) for m in args.models for v in args.variants])
     write(args)
 
 
@@ -120,14 +135,14 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, str, int]]) -> None:
             running.append((job, subprocess.Popen(command, env=environment)))
         job, process = running.pop(0)
         try:
-            code = process.wait(timeout=1.0)
+            status = process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             running.append((job, process))
             continue
-        if code:
+        if status:
             for _, other in running:
                 other.terminate()
-            raise SystemExit(f"{job} ended with {code}; what is finished is kept, the same command goes on")
+            raise SystemExit(f"{job} ended with {status}; what is finished is kept, the same command goes on")
 
 
 def result_file(args: argparse.Namespace, model: str, variant: str, seed: int) -> Path:
@@ -147,21 +162,25 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
     torch.set_num_threads(1)
     out = result_file(args, model, variant, seed)
     made_for = _key(MODELS[model], args.samples, args.pairs, args.device)
-    clips, pairs = (out.parent / f"{model}_{what}_{made_for}" for what in ("clips.pt", "pairs"))
+    clips, pairs = out.parent / f"{model}_clips_{seed}_{made_for}.pt", out.parent / f"{model}_pairs_{made_for}"
     with tempfile.TemporaryDirectory(prefix="raydmd-methods-") as scratch:
         recipe = recipe_of(args, model, variant, seed, Path(scratch), pairs)
         bench = Bench(recipe, Path(scratch) / "conditions", torch.device(args.device))
         if variant == TEACHER:
             made = bench.teacher_samples()
             torch.save(made[:2], clips)
-            make_all(bench, recipe_of(args, model, PAIRED, 0, Path(scratch), pairs), args.pairs, pairs)
-            out.write_text(json.dumps(bench.rows(made[0], made[1], made[2:]), indent=1))
+            make_all(bench, recipe_of(args, model, PAIRED, 0, Path(scratch), pairs), args, pairs)
+            keep(out, bench.rows(made[0], made[1], made[2:]))
             return
+
+        seconds: dict[str, float] = {}
 
         def train(name: str, cycles: int, warmup: int) -> tuple[Any, float]:
             sized = derive(recipe, {"name": name, "training": {"cycles": cycles, "fake_warmup": warmup}})
+            start = time.process_time()
             with Counter(bench.network, args.batch) as count:
                 end, checkpoint = bench.train(sized)
+            seconds[name] = time.process_time() - start
             if end != "finished":
                 raise SystemExit(f"{model} {variant} {seed}: the run {end}")
             return bench.student_samples(sized, checkpoint) if name == "run" else None, count.total
@@ -171,24 +190,31 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
         if not costs.is_file():
             per_cycle = train("probe", PROBE, 0)[1] / PROBE
             warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
-            costs.write_text(json.dumps([per_cycle, warm]), encoding="utf-8")
+            keep(costs, [per_cycle, warm])
         per_cycle, warm = json.loads(costs.read_text(encoding="utf-8"))
         cycles = max(phases, math.floor((args.evaluations - warm) / per_cycle))
         student, total = train("run", cycles, warmup)
         reference, floor = torch.load(clips, weights_only=False)
         row = bench.rows(reference, floor, [student])[-1]
-        out.write_text(json.dumps(row | {"cycles": cycles, "evaluated": total, "warm_up": warm}, indent=1))
+        row |= {"cycles": cycles, "evaluated": total, "warm_up": warm, "cpu": seconds["run"]}
+        if recipe.method.regression:
+            row["pairs"] = json.loads((pairs / COST).read_text(encoding="utf-8"))
+        keep(out, row)
 
 
-def make_all(bench: Bench, recipe: Recipe, count: int, folder: Path) -> None:
-    """The teacher's pairs, which all seeds of ``dmd`` share."""
+def make_all(bench: Bench, recipe: Recipe, args: argparse.Namespace, folder: Path) -> None:
+    """The teacher's pairs, which all seeds of ``dmd`` share, and what they cost."""
     from raydmd.pairs.make import begin, make_pairs
     from raydmd.pairs.origin import origin_of
 
+    if (folder / COST).is_file():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    origin = origin_of(recipe, bench.family, bench.prompts, count)
+    origin = origin_of(recipe, bench.family, bench.prompts, args.pairs)
     manifest = begin(folder, origin, recipe.model.negative_prompt, bench.prompts)
-    make_pairs(folder, manifest, len(bench.prompts), bench.asks, ahead=1)
+    with Counter(bench.network, args.batch) as count:
+        make_pairs(folder, manifest, len(bench.prompts), bench.asks, ahead=1)
+    keep(folder / COST, count.total)
 
 
 class Counter:
@@ -229,48 +255,51 @@ def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, fol
             "model.path": model,
             "training": TRAINING | {"batch": args.batch},
             "method": method,
-            "evaluation": {"samples": args.samples},
+            "evaluation": {"samples": args.samples, "seed": 1_000_000 + 10 * seed},
         },
     )
 
 
 def directions(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The papers' directions beside what was measured, as Markdown."""
-    lines = ["| the papers say | measured | |", "|---|---|---|"]
+    """The papers' directions beside what was measured, as Markdown; Holm's correction over all of them."""
+    rows = []
     for says, one_name, key, way, other_name in DIRECTIONS:
         found = [[float(r[key]) for r in shown.get(n, []) if r.get(key) is not None] for n in (one_name, other_name)]
-        if not all(found):
-            continue
-        form = COLUMNS[key][1]
-        means = [mean(v) for v in found]
-        so = (means[0] > means[1]) == (way == "above")
-        p = by_chance(*found)
-        verdict = f"{'yes' if so else 'the contrary'} (p = {p:.2g})"
-        if p >= CLEAR:
-            verdict = f"not told apart (p = {p:.2g}, leans {'so' if so else 'the other way'})"
-        figures = " against ".join(form.format(m) for m in means)
-        lines.append(f"| {says} | {COLUMNS[key][0]} {figures} | {verdict} |")
+        if all(found):
+            so = (mean(found[0]) > mean(found[1])) == (way == "above")
+            figures = " against ".join(COLUMNS[key][1].format(mean(v)) for v in found)
+            rows.append((says, f"{COLUMNS[key][0]} {figures}", so, by_chance(*found)))
+    told, left = set[int](), len(rows)
+    for i in sorted(range(len(rows)), key=lambda i: rows[i][3]):
+        if rows[i][3] * left >= CLEAR:
+            break
+        told.add(i)
+        left -= 1
+    lines = ["| the papers say | measured | |", "|---|---|---|"]
+    for i, (says, figures, so, p) in enumerate(rows):
+        verdict = ("yes" if so else "the contrary") if i in told else f"not told apart, leans {'so' if so else 'away'}"
+        lines.append(f"| {says} | {figures} | {verdict} (p = {p:.2g}) |")
     return lines
 
 
 def by_chance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Probability of such a difference between equal means; of a single value, that it is the others' mean."""
-    if len(a) == 1 and len(b) == 1:
+    """Probability of such a difference between equal means, by Welch's test; 1 where nothing can be said."""
+    if min(len(a), len(b)) < 2 or mean(a) == mean(b):
         return 1.0
-    if len(b) == 1:
-        return float(ttest_1samp(a, b[0]).pvalue)
-    return float(ttest_ind(a, b, equal_var=False).pvalue)
+    p = float(ttest_ind(a, b, equal_var=False).pvalue)
+    return p if math.isfinite(p) else 1.0
 
 
 def write(args: argparse.Namespace) -> None:
     """Means and spreads over the seeds, as Markdown and as JSON."""
-    lines, figures = [], {}
+    lines, figures, seeds = [], {}, range(args.seeds)
     for model in args.models:
-        shown = {
-            row["name"]: [row] for row in json.loads(result_file(args, model, TEACHER, 0).read_text(encoding="utf-8"))
+        teachers = [json.loads(result_file(args, model, TEACHER, s).read_text(encoding="utf-8")) for s in seeds]
+        shown: dict[str, list[dict[str, Any]]] = {
+            row["name"]: [rows[i] for rows in teachers] for i, row in enumerate(teachers[0])
         }
         for variant in args.variants:
-            files = [result_file(args, model, variant, seed) for seed in range(args.seeds)]
+            files = [result_file(args, model, variant, seed) for seed in seeds]
             shown[variant] = [json.loads(f.read_text(encoding="utf-8")) for f in files]
         columns = {
             k: c for k, c in COLUMNS.items() if any(row.get(k) is not None for rows in shown.values() for row in rows)
@@ -289,8 +318,8 @@ def write(args: argparse.Namespace) -> None:
     hidden = ("only", "processes", "output")
     settings = {k: v for k, v in vars(args).items() if k not in hidden} | {"code": code()}
     lines.append(
-        f"{args.seeds} seeds, mean ± standard deviation; two means count as different where Welch's test gives "
-        f"p < {CLEAR:g}. {json.dumps(settings)}"
+        f"{args.seeds} seeds, mean ± standard deviation; two means count as different where Welch's test with Holm's "
+        f"correction over a model's rows gives p < {CLEAR:g}. {json.dumps(settings)}"
     )
     (args.output / "methods.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.output / "methods.json").write_text(json.dumps({"settings": settings, "rows": figures}, indent=1) + "\n")

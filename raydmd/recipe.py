@@ -57,14 +57,8 @@ class Lora(Section):
 
     rank: Count = 64
     alpha: Positive = 8.0
-    targets: Annotated[tuple[Word, ...], Field(min_length=1)] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ffn.net.0.proj",
-        "ffn.net.2",
-    )
+    targets: Annotated[tuple[Word, ...], Field(min_length=1)] | None = None
+    """Ends of module names; default: the family's attention and feed-forward projections."""
 
 
 class Role(Section):

@@ -18,6 +18,8 @@ from torch import Tensor
 from raydmd.data.captions import read_captions
 from raydmd.data.media import LATENTS, Kind, check, find, pixels
 from raydmd.models import load_conditions
+from raydmd.models.identity import fingerprint
+from raydmd.models.places import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,12 +156,12 @@ def load_real(file: Path) -> RealData:
 def _encoded(source: Source, model: Model, family: Family, cache: Path, say: Callable[[str], None]) -> list[Path]:
     """Latents in shards of their own, each written once."""
     shape, device = family.shape(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = fingerprint(locate(model).settings, ("vae",))
     found = []
     for start in range(0, len(source.files), SHARD):
         part = source.files[start : start + SHARD]
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in part]
-        here = str(Path(model.path).absolute()) if Path(model.path).is_dir() else model.path
-        facts = [here, model.revision, [shape.frames, shape.height, shape.width], stamps]
+        facts = [vae, [shape.frames, shape.height, shape.width], stamps]
         file = cache / f"latents-{_hash(json.dumps(facts))}.safetensors"
         found.append(file)
         if file.is_file():

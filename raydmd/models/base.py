@@ -11,7 +11,6 @@ import json
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raydmd.errors import InputError
+from raydmd.models.identity import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from raydmd import recipe as recipes
     from raydmd.guidance import Guidance
@@ -69,7 +70,7 @@ class Conditions:
 
     def where(self, keep: Tensor, other: Self) -> Self:
         """These where ``keep``, ``(N,)``, is true; elsewhere those of a single row."""
-        theirs = other.tensors()
+        theirs = self._alike(other)
         return type(self)(
             **{
                 name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, theirs[name].to(value))
@@ -79,7 +80,7 @@ class Conditions:
 
     def join(self, *others: Self) -> Self:
         """These, then others of the same family."""
-        theirs = [other.tensors() for other in others]
+        theirs = [self._alike(other) for other in others]
         return type(self)(
             **{name: torch.cat([value, *(t[name] for t in theirs)]) for name, value in self.tensors().items()}
         )
@@ -87,6 +88,12 @@ class Conditions:
     def save(self, file: Path) -> None:
         """Write them as safetensors, one tensor per attribute."""
         save_file({name: value.contiguous() for name, value in self.tensors().items()}, file)
+
+    def _alike(self, other: Self) -> dict[str, Tensor]:
+        mine, theirs = self.tensors(), other.tensors()
+        if mine.keys() != theirs.keys():
+            raise InputError(f"conditions of two families: one has {', '.join(mine)}, the other {', '.join(theirs)}")
+        return theirs
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{name: change(value) for name, value in self.tensors().items()})
@@ -133,12 +140,15 @@ class Denoiser(ABC, nn.Module):
         blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``, alone or
             last in a tuple.
         width: of the hidden states.
+        lora_targets: ends of the names of modules that adapters go to unless a recipe says otherwise: all attention
+            and feed-forward projections.
     """
 
     prediction: Prediction
     network: Any
     blocks: Sequence[nn.Module]
     width: int
+    lora_targets: tuple[str, ...]
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
@@ -226,6 +236,8 @@ class Family(ABC):
     prediction: Prediction
     max_experts: int
     """How many experts the family's pipeline class can hold, and so how many phases can be exported."""
+    text_parts: tuple[str, ...]
+    """The pipeline's parts that make conditions of prompts, where it has them."""
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         self.path = settings.path
@@ -262,8 +274,7 @@ class Family(ABC):
         """
         length = self.text_length()
         texts = [self._settings.negative_prompt, *prompts]
-        source = str(Path(self.path).absolute()) if Path(self.path).is_dir() else self.path
-        key = json.dumps([source, self._settings.revision, length, texts]).encode()
+        key = json.dumps([fingerprint(self._settings, self.conditioning()), length, texts]).encode()
         file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
         if not file.is_file():
             cache.mkdir(parents=True, exist_ok=True)
@@ -271,6 +282,10 @@ class Family(ABC):
             self._encode(texts, length).save(partial)
             partial.replace(file)
         return file
+
+    def conditioning(self) -> tuple[str, ...]:
+        """Those :attr:`text_parts` that this pipeline has."""
+        return tuple(part for part in self.text_parts if self._has(part))
 
     @abstractmethod
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:

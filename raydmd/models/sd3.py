@@ -47,6 +47,11 @@ class StableDiffusion3Denoiser(Denoiser):
     """
 
     prediction = "flow"
+    # Both streams: the text's projections are the ones that were added.
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
 
     def __init__(self, network: SD3Transformer2DModel, *, autocast: torch.dtype) -> None:
         super().__init__()
@@ -88,6 +93,7 @@ class StableDiffusion3(Family):
     process = RectifiedFlow()
     prediction = "flow"
     max_experts = 1
+    text_parts = tuple(f"{part}{n}" for n in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)

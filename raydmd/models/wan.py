@@ -43,6 +43,7 @@ class WanDenoiser(Denoiser):
     """
 
     prediction = "flow"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(self, network: WanTransformer3DModel, *, per_token_time: bool, autocast: torch.dtype) -> None:
         super().__init__()
@@ -85,6 +86,7 @@ class Wan(Family):
     process = RectifiedFlow()
     prediction = "flow"
     max_experts = 2
+    text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)

@@ -48,7 +48,7 @@ def origin_of(recipe: Recipe, family: Family, prompts: Sequence[str], count: int
         raise InputError(f"--shard={shard} is no multiple of placement.batch_items={request}, the size of a request")
     model, routing = locate(recipe.model).settings, family.routing()
     return Origin(
-        teacher=fingerprint(model, (*routing.experts, "text_encoder", "tokenizer")),
+        teacher=fingerprint(model, (*routing.experts, *family.conditioning())),
         boundaries=routing.boundaries,
         text_length=family.text_length(),
         precision=recipe.training.precision,

@@ -174,17 +174,11 @@ class Pool:
         Raises:
             PoolError: if a replica cannot load (with its own error), or did not within ``start_timeout``.
         """
-        left = self._deadline - self._clock()
-        if self._loading and left <= 0:
-            names = sorted(r.name for r in self._loading.values())
-            raise PoolError(
-                f"pool {self._spec.pool!r}: {', '.join(names)} did not load within {self._spec.start_timeout:g} s. "
-                f"Asked for {self._asked.copies} x {_demand(self._asked)}; the cluster has "
-                f"{_cluster()}{f'; last error: {self._last}' if self._last else ''}"
-            )
         if not self._loading:
             return True
-        done, _ = ray.wait(list(self._loading), num_returns=1, timeout=min(left, patience))
+        left = max(self._deadline - self._clock(), 0.0)
+        ray.wait(list(self._loading), num_returns=1, timeout=min(left, patience))
+        done, _ = ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)
         for ref in done:
             replica = self._loading.pop(ref)
             try:
@@ -199,6 +193,13 @@ class Pool:
                 self._last = plain(error)
                 time.sleep(0.2)
                 self._loading[replica.actor.ping.remote()] = replica
+        if self._loading and not left:
+            names = sorted(r.name for r in self._loading.values())
+            raise PoolError(
+                f"pool {self._spec.pool!r}: {', '.join(names)} did not load within {self._spec.start_timeout:g} s. "
+                f"Asked for {self._asked.copies} x {_demand(self._asked)}; the cluster has "
+                f"{_cluster()}{f'; last error: {self._last}' if self._last else ''}"
+            )
         return not self._loading
 
     def client_spec(self) -> ClientSpec:

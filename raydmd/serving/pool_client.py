@@ -291,13 +291,25 @@ class PoolClient(Client):
         return None
 
     def _meet(self) -> None:
-        """Wait until every replica has loaded or failed; those late behind another are left to the probes."""
+        """Wait until every replica has loaded; those late behind one that has are left to the probes."""
         pings = {replica.actor.ping.remote(): replica for replica in self._replicas.values()}
-        first, _ = ray.wait(list(pings), num_returns=1, timeout=self._spec.start_timeout)
-        if first:
-            _, late = ray.wait(list(pings), num_returns=len(pings), timeout=_GRACE)
-            for ref in late:
-                pings[ref].health.process_lost(self._clock(), "it still loads")
+        deadline, answered = self._clock() + self._spec.start_timeout, False
+        while pings and (left := deadline - self._clock()) > 0:
+            done, _ = ray.wait(list(pings), num_returns=1, timeout=left)
+            for ref in done:
+                replica = pings.pop(ref)
+                try:
+                    ray.get(ref, timeout=_FETCH_TIMEOUT)
+                except ActorDiedError as error:
+                    replica.health.process_lost(self._clock(), plain(error))
+                except RayError:  # its process died while loading; Ray starts another
+                    time.sleep(_SLICE)
+                    pings[replica.actor.ping.remote()] = replica
+                else:
+                    if not answered:
+                        answered, deadline = True, min(deadline, self._clock() + _GRACE)
+        for replica in pings.values():
+            replica.health.process_lost(self._clock(), "it still loads")
 
     def _probe(self, now: float) -> None:
         """Take in answers of probes, and send those that are due. Never blocks."""

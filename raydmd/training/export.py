@@ -63,7 +63,8 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
     lora = recipe.training.student.lora
     if lora is not None:
         metadata: dict[str, dict[str, Any]] = {
-            e: {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets)} for e in denoisers
+            e: {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets or d.lora_targets)}
+            for e, d in denoisers.items()
         }
         family.export_lora(folder / "lora", {e: adapter_weights(d) for e, d in denoisers.items()}, metadata)
         written.append(folder / "lora")

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raydmd.recipe_monitor import SIGNALS
 from raydmd.training.events import read_from
+from raydmd.training.monitor import RAISED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,10 +144,8 @@ def progress_line(row: Mapping[str, float], recipe: Recipe, rates: list[tuple[fl
 def alarms(row: Mapping[str, float]) -> list[str]:
     """What a person should look at now."""
     found = []
-    if raised := int(row["monitor/alarm"]):
-        pressures = {k.removeprefix("monitor/"): v for k, v in row.items() if k.startswith("monitor/")}
-        worst = sorted(SIGNALS, key=lambda kind: -pressures.get(kind, 0.0))[:raised]
-        found.append("ALARM " + ", ".join(_under(kind, pressures.get(kind, 0.0)) for kind in worst))
+    if raised := [key.removeprefix(RAISED) for key in row if key.startswith(RAISED)]:
+        found.append("ALARM " + ", ".join(_under(kind, row.get(f"monitor/{kind}", 0.0)) for kind in raised))
     if row["teacher/retries"]:
         found.append(f"{int(row['teacher/retries'])} teacher retries")
     return found

@@ -29,6 +29,10 @@ BAND = "fake/error_"
 """How the keys of the fake score's error by noise band begin."""
 
 SPREAD, REFERENCE = "student/x0_std", "teacher/x0_std"
+RAISED = "monitor/raised/"
+"""Before the names of raised signals in a run's metrics."""
+
+NARROW, WIDE = "spread/narrow", "spread/wide"
 
 TINY = 1e-12
 
@@ -58,7 +62,8 @@ class Memory:
         rows: seen in this phase.
         recent: the last values of each metric, oldest first.
         start: level of each metric when the phase had settled.
-        best: lowest level of each noise band's error since then, and of the spread's factor to the teacher's.
+        best: lowest level of each noise band's error since then; narrowest and widest spread of the student, in that
+            of the teacher's first answers.
         streak: rows in a row over the limit, by kind.
         calm: rows in a row below :data:`CLEAR`, by raised kind.
         raised: rows since it last fired, by raised kind.
@@ -174,6 +179,10 @@ class Monitor:
                 raise NonFiniteError(f"metric {key} is {value}; the last checkpoint is kept")
             m.recent[key] = [*m.recent.get(key, []), value][-self._length(key) :]
         m.rows += 1
+        if m.rows >= s.window and m.recent.keys() >= {SPREAD, REFERENCE}:
+            ratio = self._spread()
+            m.best[NARROW] = min(m.best.get(NARROW, math.inf), ratio)
+            m.best[WIDE] = max(m.best.get(WIDE, 0.0), ratio)
         if m.rows < s.settle:
             return
         for key, values in m.recent.items():
@@ -182,8 +191,6 @@ class Monitor:
                 m.start[key] = median(values)
             if key.startswith(BAND) and len(values) == s.window:
                 m.best[key] = min(m.best.get(key, math.inf), median(values))
-        if m.start.keys() >= {SPREAD, REFERENCE}:
-            m.best[SPREAD] = min(m.best.get(SPREAD, math.inf), self._apart())
 
     def _length(self, key: str) -> int:
         s = self._settings
@@ -211,10 +218,11 @@ class Monitor:
             drift = (now["student/x0_mean"] - m.start["student/x0_mean"]) / max(m.start[REFERENCE], TINY)
             words = f"brightness drifted by {drift:+.2f} of the teacher's spread"
             found["brightness"] = abs(drift) / s.brightness, words
-        if s.spread is not None and SPREAD in m.best:
-            lost = self._apart() / m.best[SPREAD]
-            ratio = now[SPREAD] / max(m.start[REFERENCE], TINY)
-            words = f"the student's spread is {ratio:.2f} of the teacher's, {lost:.1f} times as far from it as it was"
+        if s.spread is not None and WIDE in m.best:
+            ratio = self._spread()
+            # Of what lies on the other side of the teacher's spread nothing can be lost.
+            lost = max(ratio / max(m.best[NARROW], 1.0), min(m.best[WIDE], 1.0) / ratio)
+            words = f"the student's spread is {ratio:.2f} of the teacher's, and was nearer by a factor of {lost:.1f}"
             found["spread"] = lost / s.spread, words
         if s.saturation is not None and "student/saturation" in m.start:
             rise = now["student/saturation"] - m.start["student/saturation"]
@@ -224,15 +232,15 @@ class Monitor:
             found["diversity"] = s.diversity / share, f"samples of one prompt lie {share:.2f} as far apart as at first"
         return found
 
-    def _apart(self) -> float:
-        """Factor, at least 1, between the student's spread and the teacher's at the phase's start.
+    def _spread(self) -> float:
+        """The student's spread in that of the teacher's answers when the phase began.
 
-        The teacher's answers follow the samples they are asked about, so those of today excuse a student that drifts.
-        Guidance widens them, and a student starts soft: only what is lost against the best level tells of trouble.
+        Later answers follow the samples they are about, and would excuse a student that drifts. Guidance widens them
+        and a student starts soft, so that only what is lost against its own best tells of trouble.
         """
         m = self.memory
-        ratio = max(median(m.recent[SPREAD]), TINY) / max(m.start[REFERENCE], TINY)
-        return max(ratio, 1 / ratio)
+        reference = m.start.setdefault(REFERENCE, median(m.recent[REFERENCE]))
+        return max(median(m.recent[SPREAD]), TINY) / max(reference, TINY)
 
     def _fires(self, kind: str, pressure: float) -> bool:
         m, s = self.memory, self._settings

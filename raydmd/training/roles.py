@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from raydmd.errors import NonFiniteError
+from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models.base import Denoiser, Experts, Routing
 
 if TYPE_CHECKING:
@@ -182,8 +182,17 @@ class TrainedRole:
 
 
 def add_adapter(denoiser: Denoiser, lora: recipes.Lora, *, seed: int) -> None:
-    """Give a network low-rank adapters whose start depends on the seed alone."""
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
+    """Give a network low-rank adapters whose start depends on the seed alone.
+
+    Raises:
+        RunFailed: if a target that the recipe names is no module's.
+    """
+    names = [name for name, _ in denoiser.network.named_modules()]
+    for target in lora.targets or ():  # peft is content if any of them is found
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise RunFailed(f"lora.targets: no module of {type(denoiser.network).__name__} ends in {target!r}")
+    targets = list(lora.targets or denoiser.lora_targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         denoiser.network.add_adapter(config, adapter_name=ADAPTER)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from raydmd.draws import Draws
 from raydmd.training.cycle import ERRORS
-from raydmd.training.monitor import Alarm, Measures, Memory, Monitor
+from raydmd.training.monitor import RAISED, Alarm, Measures, Memory, Monitor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +71,7 @@ class Watch:
         found = {f"monitor/{kind}": pressure for kind, pressure in self.monitor.pressures.items()}
         if DIVERSITY in memory.recent:
             found[DIVERSITY] = memory.recent[DIVERSITY][-1]
+        found |= {f"{RAISED}{kind}": 1.0 for kind in memory.raised}
         return found | {"monitor/alarm": len(memory.raised), "monitor/attempt": self.measures.attempt}
 
     def state(self) -> dict[str, Any]:

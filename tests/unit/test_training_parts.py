@@ -136,15 +136,17 @@ def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
         "fake/loss": 0.5,
         "student/gradient": 0.25,
         "monitor/alarm": 1,
+        "monitor/raised/spread": 1.0,
         "monitor/spread": 0.9,
-        "monitor/diversity": 1.4,
+        "monitor/diversity": 1.4,  # not for long enough
         "teacher/retries": 1,
         "time/teacher_wait": 1.0,
         "time/fake": 3.0,
     }
     line = progress_line(row, Recipe(), [(0.0, 10), (5.0, 20)])
-    alarm = "ALARM diversity at 1.4 of its limit"
+    alarm = "ALARM spread at 0.9 of its limit, calming down"
     for part in ("cycle 20/100", "2.00 cycles/s", "0.7 min left", "teacher wait 25%", alarm, "1 teacher retries"):
         assert part in line
-    assert "spread" not in line
-    assert "ALARM" not in progress_line({**row, "monitor/alarm": 0}, Recipe(), [(0.0, 10), (5.0, 20)])
+    assert "diversity" not in line
+    row.pop("monitor/raised/spread")
+    assert "ALARM" not in progress_line(row, Recipe(), [(0.0, 10), (5.0, 20)])
