@@ -4,8 +4,9 @@
 
 CFG augmentation alone, at a rate far too high, on a zoo model: once unwatched to the end, once stopped where the
 monitor fires, once rolled back with the recipe's own factors; beside it the same at the usual rate, and healthy
-runs, in which the monitor must be silent. Training is in this process, without Ray. The table goes to the terminal, the figures
-to ``--output`` after every run. Ends with 1 if the monitor was silent or late, saved nothing, or cried wolf.
+runs, in which the monitor must be silent. Training is in this process, without Ray. The table goes to the terminal,
+the figures to ``--output`` after every run. Ends with 1 if the monitor was silent or late, saved nothing, or cried
+wolf.
 """
 
 from __future__ import annotations

@@ -103,6 +103,12 @@ class Caption(ABC):
     def parse(cls, text: str) -> Self:
         """Read a caption back from its text.
 
+        Args:
+            text: as :attr:`text` says it.
+
+        Returns:
+            The caption.
+
         Raises:
             ValueError: if the text is none of this world's captions.
         """

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from raydmd.errors import InputError
 from raydmd.guidance import Guidance
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.models.base import Conditions
+from raydmd.models.sd3 import StableDiffusion3Denoiser
 from raydmd.process import step_grid
 from raydmd.recipe import Model, Recipe, derive
 from raydmd.sampling import sample
@@ -166,6 +168,12 @@ def test_the_export_gives_stock_diffusers_the_same_picture(request, tmp_path, pi
     assert (undistilled(**call).images - ours).abs().max() > 1e-3, "the test would not see an untrained export"
     if lora is not None:
         assert [p.name for p in written] == ["lora", "pipeline"]
+        adapted = load_file(r.folder / "lora" / "transformer.safetensors")
+        both = (
+            StableDiffusion3Denoiser.lora_targets if pipeline == "whole" else ("to_q",)
+        )  # a last block has one stream
+        for target in both:
+            assert any(f".{target}.lora_A" in key for key in adapted), target
         undistilled.load_lora_weights(r.folder / "lora", weight_name="transformer.safetensors")
         torch.manual_seed(0)
         assert (undistilled(**call).images - ours).abs().max() < 1e-4

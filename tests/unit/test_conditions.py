@@ -59,3 +59,16 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     save_file({"embeds": embeds, "more": embeds.clone()}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"other\.safetensors: holds .*more instead of embeds, pooled and mask"):
         load_conditions(tmp_path / "other.safetensors")
+
+
+def test_conditions_of_two_families_are_not_mixed():
+    plain, rich = table(pooled=False), table(pooled=True)
+    for mix in (lambda: plain.join(rich), lambda: rich.where(torch.ones(4, dtype=torch.bool), plain)):
+        with pytest.raises(InputError, match=r"conditions of two families: one has embeds.*pooled"):
+            mix()
+
+
+def test_a_row_stands_in_where_conditions_are_not_kept():
+    whole = table()
+    mixed = whole.where(torch.tensor([True, False, True, False]), whole.rows([2]))
+    assert equal(mixed, whole.rows([0, 2, 2, 2]))

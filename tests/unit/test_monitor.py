@@ -134,6 +134,23 @@ def test_a_teacher_that_follows_its_samples_excuses_nothing():
     assert watch(iter(rows), only("spread"))
 
 
+def test_too_wide_is_told_from_too_narrow():
+    """From half of the teacher's spread to twice of it: no farther than before, on the other side."""
+    rows = [
+        row | {"student/x0_std": 0.5 if c < 100 else 2.0, "teacher/x0_std": 1.0} for c, row in enumerate(healthy(140))
+    ]
+    ((cycle, alarm),) = watch(iter(rows), only("spread"))
+    assert 100 + DEFAULT.patience <= cycle <= 100 + DEFAULT.lookback
+    assert "2.00 of the teacher's" in alarm.message
+
+
+def test_a_collapse_before_a_phase_has_settled_fires_once_it_has():
+    rows = [
+        row | {"student/x0_std": 0.6 if c < 25 else 3.0, "teacher/x0_std": 1.0} for c, row in enumerate(healthy(80))
+    ]
+    assert [cycle for cycle, _ in watch(iter(rows), only("spread"))] == [DEFAULT.settle + DEFAULT.patience - 2]
+
+
 def test_what_another_phase_had_for_levels_is_forgotten():
     watcher = Watcher(DEFAULT, fake_updates=4)
     watch(healthy(100), watcher=watcher)
