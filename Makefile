@@ -25,9 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
 	$(BIN)/python experiments/phased_wan22.py
 
-test: $(READY) ## install, then run every test: unit and local side by side, then ray and chaos
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "unit or local" -n auto
-	$(BIN)/python -m pytest -m "ray or chaos"
+test: $(READY) ## install, then run every test: all but chaos side by side, then chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto --dist loadgroup
+	$(BIN)/python -m pytest -m chaos
 
 methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and more)
 	$(BIN)/python benchmarks/methods.py

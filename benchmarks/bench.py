@@ -44,17 +44,6 @@ MODELS: dict[str, dict[str, Any]] = {
 """Settings of a method that are the model's."""
 BOUNDARIES = {"wan22-tiny": [0.875], "sd35-tiny": [0.8]}
 """Of two phases of two steps each, by model."""
-TRAINING: dict[str, Any] = {
-    "fake_updates": 3,
-    "fake_warmup": 30,
-    "student": {"rate": 2e-4, "lora": None},
-    "fake": {"rate": 6e-4},
-    "precision": "fp32",
-    "sharding": "ddp",
-    "ema": 0.99,
-    "decay": 0.4,
-}
-"""The zoo's, for one process."""
 TEACHER_STEPS = 40
 LOW = 0.05
 """Share of the reference's samples that count as low in reward."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BOUNDARIES, HERE, MODELS, TRAINING, Bench, code, keep
+from bench import BOUNDARIES, HERE, MODELS, Bench, code, keep
 
 from raydmd.recipe import Recipe, derive
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
+from raydmd.zoo.settings import TRAINING
 
 FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}}
 """CFG augmentation alone."""

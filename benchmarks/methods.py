@@ -25,10 +25,11 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from bench import BOUNDARIES, MODELS, TRAINING, Bench, code, keep
+from bench import BOUNDARIES, MODELS, Bench, code, keep
 from scipy.stats import ttest_ind
 
 from raydmd.recipe import Recipe, derive
+from raydmd.zoo.settings import TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,8 +7,9 @@ weights with the paper's settings.
 from pathlib import Path
 
 from raydmd.cli import experiment
-from raydmd.recipe import Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Evaluation, Model, Placement, Recipe, Role, Training, derive
 from raydmd.recipe_method import Anchor, Method
+from raydmd.zoo.settings import TRAINING
 
 # 6,000 iterations as the authors' code counts them: five of the fake score for each of the student.
 PAPER = Recipe(
@@ -27,30 +28,19 @@ PAPER = Recipe(
         sharding="fsdp",
         gradient_checkpointing=True,
     ),
+    evaluation=Evaluation(samples=8, batch=1, grid=4),
     placement=Placement(workers=8, teachers=1, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1),
 )
 
-# Two thirds of a million parameters instead of 2.5 billion, at the rates that such a size needs.
 ZOO = derive(
     PAPER,
     {
         "name": "dp-dmd-sd35-tiny",
         "output": Path("runs"),
         "model": {"path": "sd35-tiny", "height": None, "width": None},
-        "training": {
-            "cycles": 400,
-            "batch": 48,
-            "fake_updates": 3,
-            "fake_warmup": 30,
-            "student": {"rate": 2e-4},
-            "fake": {"rate": 6e-4},
-            "precision": "fp32",
-            "sharding": "ddp",
-            "gradient_checkpointing": False,
-            "ema": 0.99,
-            "decay": 0.4,
-        },
+        "training": TRAINING | {"cycles": 400, "batch": 48},
         "placement": Placement(workers=2).model_dump(),
+        "evaluation": Evaluation().model_dump(),
     },
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from raydmd.cli import experiment
 from raydmd.recipe import Evaluation, Lora, Model, Placement, Recipe, Role, Training, derive
 from raydmd.recipe_method import Method
+from raydmd.zoo.settings import TRAINING
 
 PAPER = Recipe(
     name="phased-wan22",
@@ -30,26 +31,13 @@ PAPER = Recipe(
     ),
 )
 
-# Half a million parameters an expert instead of 14 billion: full fine-tuning, at the rates that such a size needs.
 ZOO = derive(
     PAPER,
     {
         "name": "phased-wan22-tiny",
         "output": Path("runs"),
         "model": {"path": "wan22-tiny", "frames": None, "height": None, "width": None},
-        "training": {
-            "cycles": 360,
-            "batch": 48,
-            "fake_updates": 3,
-            "fake_warmup": 30,
-            "student": {"rate": 2e-4, "lora": None},
-            "fake": {"rate": 6e-4},
-            "precision": "fp32",
-            "sharding": "ddp",
-            "gradient_checkpointing": False,
-            "ema": 0.99,
-            "decay": 0.4,
-        },
+        "training": TRAINING | {"cycles": 360, "batch": 48},
         "placement": Placement(workers=2).model_dump(),
         "evaluation": Evaluation().model_dump(),
     },

@@ -32,8 +32,8 @@ class Monitor(Section):
     brightness: Positive | None = 0.3
     """Largest drift of the samples' mean since the phase's start, in the teacher's standard deviations."""
     spread: Above1 | None = 1.5
-    """Largest factor, either way, between the samples' standard deviation and that of the teacher's answers at the
-    phase's start, over its own best level."""
+    """Largest factor, either way, between the samples' standard deviation and that of the teacher's answers in the
+    phase's first rows, over the nearest that the samples have been."""
     saturation: Annotated[float, Field(gt=0, lt=1)] | None = 0.05
     """Largest rise in the share of latents beyond three of the teacher's standard deviations."""
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.4

@@ -22,7 +22,7 @@ from raydmd.errors import InputError
 from raydmd.models.identity import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from raydmd import recipe as recipes
@@ -134,21 +134,37 @@ class Routing:
 class Denoiser(ABC, nn.Module):
     """One expert: a network with its family's calling convention hidden.
 
-    Attributes:
-        prediction: what :meth:`forward` returns.
+    Args:
         network: the wrapped diffusers module, whose parameters are trained, sharded and saved.
         blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``, alone or
             last in a tuple.
         width: of the hidden states.
+        autocast: the dtype of the forward pass; parameters keep theirs.
+
+    Attributes:
+        prediction: what :meth:`forward` returns.
         lora_targets: ends of the names of modules that adapters go to unless a recipe says otherwise: all attention
             and feed-forward projections.
     """
 
     prediction: Prediction
-    network: Any
-    blocks: Sequence[nn.Module]
-    width: int
     lora_targets: tuple[str, ...]
+
+    def __init__(self, network: Any, blocks: Iterable[nn.Module], *, width: int, autocast: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.blocks = tuple(blocks)
+        self.width = width
+        self._autocast = autocast
+
+    def call(self, timestep: Tensor, **inputs: Tensor) -> Tensor:
+        """The network's output in fp32; inputs go in its dtype, but times as they are: bf16 would round them."""
+        plain = self._autocast == torch.float32
+        dtype = self.network.dtype if plain else self._autocast
+        with torch.autocast(timestep.device.type, self._autocast, enabled=not plain):
+            cast = {name: value.to(dtype) for name, value in inputs.items()}
+            output: Tensor = self.network(timestep=timestep, return_dict=False, **cast)[0]
+        return output.float()
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
@@ -234,6 +250,8 @@ class Family(ABC):
 
     process: Process
     prediction: Prediction
+    pipeline: Any
+    """Its diffusers pipeline class."""
     max_experts: int
     """How many experts the family's pipeline class can hold, and so how many phases can be exported."""
     text_parts: tuple[str, ...]
@@ -332,14 +350,23 @@ class Family(ABC):
     def usage(self, *, steps: int) -> str:
         """Python that samples an exported student with stock diffusers, for its model card."""
 
-    @abstractmethod
     def export_lora(
         self,
         folder: Path,
         layers: Mapping[str, Mapping[str, Tensor]],
         metadata: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Write adapters, one mapping per expert under peft's names, in diffusers' naming."""
+        """Write adapters, one mapping per expert under peft's names, in diffusers' naming.
+
+        A file for each expert: the stock loaders take one expert a file.
+        """
+        for expert, weights in layers.items():
+            self.pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=dict(weights),
+                transformer_lora_adapter_metadata=dict(metadata[expert]),
+                weight_name=f"{expert}.safetensors",
+            )
 
     @property
     def _revision(self) -> dict[str, str]:

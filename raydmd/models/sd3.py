@@ -54,11 +54,8 @@ class StableDiffusion3Denoiser(Denoiser):
     )
 
     def __init__(self, network: SD3Transformer2DModel, *, autocast: torch.dtype) -> None:
-        super().__init__()
-        self.network = network
-        self.blocks = tuple(network.transformer_blocks)
-        self.width = network.config.num_attention_heads * network.config.attention_head_dim
-        self._autocast = autocast
+        width = network.config.num_attention_heads * network.config.attention_head_dim
+        super().__init__(network, network.transformer_blocks, width=width, autocast=autocast)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """See :class:`~raydmd.models.base.Denoiser`; the conditions are ``pooled`` too."""
@@ -66,17 +63,12 @@ class StableDiffusion3Denoiser(Denoiser):
             raise InputError(
                 "a StableDiffusion3Pipeline needs pooled embeddings; these conditions are another family's"
             )
-        dtype = self.network.dtype if self._autocast == torch.float32 else self._autocast
-        with torch.autocast(x_t.device.type, self._autocast, enabled=self._autocast != torch.float32):
-            out = self.network(
-                hidden_states=x_t.to(dtype),
-                timestep=t.float() * TRAIN_STEPS,
-                encoder_hidden_states=cond.embeds.to(dtype),
-                pooled_projections=cond.pooled.to(dtype),
-                return_dict=False,
-            )[0]
-        result: Tensor = out.float()
-        return result
+        return self.call(
+            t.float() * TRAIN_STEPS,
+            hidden_states=x_t,
+            encoder_hidden_states=cond.embeds,
+            pooled_projections=cond.pooled,
+        )
 
 
 class StableDiffusion3(Family):
@@ -92,6 +84,7 @@ class StableDiffusion3(Family):
 
     process = RectifiedFlow()
     prediction = "flow"
+    pipeline = StableDiffusion3Pipeline
     max_experts = 1
     text_parts = tuple(f"{part}{n}" for n in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
@@ -226,21 +219,6 @@ image = pipe(
     width={self._shape.width},
     max_sequence_length={self.text_length()},
 ).images[0]"""
-
-    def export_lora(
-        self,
-        folder: Path,
-        layers: Mapping[str, Mapping[str, Tensor]],
-        metadata: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """See :class:`~raydmd.models.base.Family`."""
-        for expert, weights in layers.items():
-            StableDiffusion3Pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=dict(weights),
-                transformer_lora_adapter_metadata=dict(metadata[expert]),
-                weight_name=f"{expert}.safetensors",
-            )
 
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
         """The stock pipeline with its text parts alone, so that prompts are cut and joined as it does."""

@@ -46,12 +46,9 @@ class WanDenoiser(Denoiser):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(self, network: WanTransformer3DModel, *, per_token_time: bool, autocast: torch.dtype) -> None:
-        super().__init__()
-        self.network = network
-        self.blocks = tuple(network.blocks)
-        self.width = network.config.num_attention_heads * network.config.attention_head_dim
+        width = network.config.num_attention_heads * network.config.attention_head_dim
+        super().__init__(network, network.blocks, width=width, autocast=autocast)
         self._per_token_time = per_token_time
-        self._autocast = autocast
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """See :class:`~raydmd.models.base.Denoiser`."""
@@ -60,16 +57,7 @@ class WanDenoiser(Denoiser):
             _, ph, pw = self.network.config.patch_size
             tokens = x_t.shape[2] * (x_t.shape[3] // ph) * (x_t.shape[4] // pw)
             time = time[:, None].expand(-1, tokens)
-        dtype = self.network.dtype if self._autocast == torch.float32 else self._autocast
-        with torch.autocast(x_t.device.type, self._autocast, enabled=self._autocast != torch.float32):
-            out = self.network(
-                hidden_states=x_t.to(dtype),
-                timestep=time,
-                encoder_hidden_states=cond.embeds.to(dtype),
-                return_dict=False,
-            )[0]
-        result: Tensor = out.float()
-        return result
+        return self.call(time, hidden_states=x_t, encoder_hidden_states=cond.embeds)
 
 
 class Wan(Family):
@@ -85,6 +73,7 @@ class Wan(Family):
 
     process = RectifiedFlow()
     prediction = "flow"
+    pipeline = WanPipeline
     max_experts = 2
     text_parts = ("text_encoder", "tokenizer")
 
@@ -225,22 +214,6 @@ frames = pipe(
     width={self._shape.width},
     max_sequence_length={self.text_length()},
 ).frames"""
-
-    def export_lora(
-        self,
-        folder: Path,
-        layers: Mapping[str, Mapping[str, Tensor]],
-        metadata: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """See :class:`~raydmd.models.base.Family`."""
-        # The stock loader takes one expert a file, and loads the second with load_into_transformer_2.
-        for expert, weights in layers.items():
-            WanPipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=dict(weights),
-                transformer_lora_adapter_metadata=dict(metadata[expert]),
-                weight_name=f"{expert}.safetensors",
-            )
 
     def _text_pipeline(self) -> WanPipeline:
         """The stock pipeline with its text parts alone, so that prompts are cleaned and padded as it does."""

@@ -1,4 +1,4 @@
-"""What the makers of zoo pipelines share: their command line, encoded samples, the judge, the folder they write."""
+"""What the makers of zoo pipelines share: their command line, encoded samples, the judges, the folder they write."""
 
 from __future__ import annotations
 

@@ -176,20 +176,22 @@ def test_a_killed_teacher_replica_and_then_a_killed_worker_change_nothing(home, 
 
 
 def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
-    """Ctrl-C, then to the end; then the same command changes nothing."""
-    first = Launch(home, "stopped")
-    first.wait_for("checkpoint", cycle=8)
-    first.process.send_signal(signal.SIGINT)
+    """--max-cycles, then Ctrl-C, then to the end; then the same command changes nothing."""
+    first = Launch(home, "stopped", "--max-cycles", "6")
     assert first.end() == STOPPED, first.log.read_text()[-3000:]
-    assert "the same command resumes" in first.log.read_text()
     second = Launch(home, "stopped")
-    assert second.end() == DONE, second.log.read_text()[-3000:]
-    same_bits(second.student(), undisturbed.student())
-    before = {f: f.stat().st_mtime_ns for f in second.folder.rglob("*") if f.is_file() and f.name != "lock"}
+    second.wait_for("checkpoint", cycle=8)
+    second.process.send_signal(signal.SIGINT)
+    assert second.end() == STOPPED, second.log.read_text()[-3000:]
+    assert "the same command resumes" in second.log.read_text()
+    third = Launch(home, "stopped")
+    assert third.end() == DONE, third.log.read_text()[-3000:]
+    same_bits(third.student(), undisturbed.student())
+    before = {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
     again = Launch(home, "stopped")
     assert again.end(60) == DONE
     assert "is finished" in again.log.read_text()
-    assert before == {f: f.stat().st_mtime_ns for f in second.folder.rglob("*") if f.is_file() and f.name != "lock"}
+    assert before == {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
 
 
 def test_a_signal_before_training_stops_the_run_with_a_word(home):
