@@ -25,9 +25,9 @@ class Fragile(Denoiser):
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        super().__init__()
+        network = nn.Sequential(nn.Linear(8 + 1 + 4, 64), nn.SiLU(), nn.Linear(64, 8))
+        super().__init__(network, (), width=64, autocast=torch.float32)
         self.prediction = "flow"
-        self.network = nn.Sequential(nn.Linear(8 + 1 + 4, 64), nn.SiLU(), nn.Linear(64, 8))
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():

@@ -38,13 +38,12 @@ class Net(Denoiser):
     prediction = "flow"
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             into = nn.Linear(math.prod(LATENT) + 2, WIDTH)
             blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU()) for _ in range(2)]
-            self.network = nn.ModuleList([into, *blocks, nn.Linear(WIDTH, math.prod(LATENT))])
-        self.blocks, self.width = tuple(blocks), WIDTH
+            network = nn.ModuleList([into, *blocks, nn.Linear(WIDTH, math.prod(LATENT))])
+        super().__init__(network, blocks, width=WIDTH, autocast=torch.float32)
 
     def forward(self, x_t, t, cond):
         into, *blocks, out = self.network

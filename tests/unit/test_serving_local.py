@@ -26,9 +26,8 @@ class Tiny(Denoiser):
     """One linear layer over latents, time and mean condition; remembers how many rows it saw."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__(nn.Linear(8 + 1 + 4, 8), (), width=8, autocast=torch.float32)
         self.prediction = "flow"
-        self.network = nn.Linear(8 + 1 + 4, 8)
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))

@@ -28,9 +28,9 @@ class Gated(Denoiser):
     """Scales its input once the gate is open; 13 raises, 99 gives NaN."""
 
     def __init__(self) -> None:
-        super().__init__()
+        dropout = nn.Dropout(0.5)  # must be off while serving
+        super().__init__(dropout, (), width=2, autocast=torch.float32)
         self.prediction = "x0"
-        self.network = nn.Dropout(0.5)  # must be off while serving
         self.gate = threading.Event()
         self.gate.set()
         self.threads: set[str] = set()
