@@ -150,10 +150,11 @@ class Matching(ScoreTerm):
 class Decoupled(ScoreTerm):
     """Distribution matching and guidance augmentation apart: Decoupled DMD, AMD.
 
-    Where both renoise at one level (``coupled``) one normaliser, that of the guided prediction, serves both, and
-    with weights of 1 the gradient is :class:`Matching`'s. Apart, each half is normalised by its own teacher
-    prediction: conditional for matching, guided for augmentation. The paper names no normaliser for two levels, so
-    that split is this project's reading.
+    The paper adds the two differences of clean predictions as they are (algorithm 1) and names no normaliser, so a
+    distance here is one divisor for both, taken where matching renoises: it scales the paper's sum and turns it
+    nowhere. That is this project's reading. At one level (``coupled``) with weights of 1 the gradient is
+    :class:`Matching`'s. ``none`` weighs each half as the score difference at its own level, and is what was stable on
+    the zoo (docs/log.md, "Decoupled and the normaliser").
 
     Attributes:
         process: the noise process.
@@ -204,19 +205,15 @@ class Decoupled(ScoreTerm):
         dm, ca = answers[0], answers[-1]
         if ca.uncond is None:
             raise ValueError("guidance augmentation needs the teacher's answer in its halves")
-        guided = self.guidance.combine(ca.value, ca.uncond)
         dm_direction = matching_direction(dm.value, fake_x0(queries[0]))
         ca_direction = augmentation_direction(ca.value, ca.uncond, scale=self.guidance.scale)
-        dm_scale = self._scale(sample, queries[0], guided if len(queries) == 1 else dm.value)
-        ca_scale = self._scale(sample, queries[-1], guided)
-        return per_sample(match * dm_scale, dm_direction) + per_sample(augment * ca_scale, ca_direction)
-
-    def _scale(self, sample: Sample, query: Query, d_real: Tensor) -> Tensor:
-        """What a direction is multiplied with, ``(B,)``."""
         if self.normaliser == "none":
-            return raw_scale(self.process, sample.s, query.t)
-        reference = sample.x0 if self.normaliser == "distance" else query.x_t
-        return 1.0 / distance(reference, d_real, floor=self.floor)
+            dm_scale, ca_scale = (raw_scale(self.process, sample.s, queries[i].t) for i in (0, -1))
+        else:
+            reference = sample.x0 if self.normaliser == "distance" else queries[0].x_t
+            real = dm.value if dm.uncond is None else self.guidance.combine(dm.value, dm.uncond)
+            dm_scale = ca_scale = 1.0 / distance(reference, real, floor=self.floor)
+        return per_sample(match * dm_scale, dm_direction) + per_sample(augment * ca_scale, ca_direction)
 
 
 def renoised(

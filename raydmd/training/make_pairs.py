@@ -20,9 +20,10 @@ from raydmd.serving.local import LocalClient
 from raydmd.serving.pool import Pool
 from raydmd.serving.pool_client import PoolClient
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
+from raydmd.training.folder import locked
 from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import prepare_process
-from raydmd.training.run import build_teacher, locked, quiet, teacher_replicas
+from raydmd.training.run import build_teacher, quiet, teacher_replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

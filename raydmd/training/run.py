@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -17,7 +16,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import yaml
 
 from raydmd import __version__
 from raydmd.data.real import Source, inspect, prepare
@@ -31,6 +29,7 @@ from raydmd.serving.pool import Pool, Replicas
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.events import read_lines
+from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.pairing import check_pairs
 from raydmd.training.prompts import read_prompts
@@ -38,15 +37,8 @@ from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from raydmd.models.base import Experts, Family
     from raydmd.recipe import Recipe
-
-FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
-"""Sections that may differ between a run and its resumption."""
-FREE_METHOD = ("regression.verify",)
-FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
 
 def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
@@ -318,62 +310,6 @@ def build_teacher(recipe: Recipe) -> Experts:
     return load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that the same name never runs twice at once on it.
-
-    Raises:
-        InputError: if another process holds it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write to output folder {folder}: {error}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
-        yield
-
-
-def trained(folder: Path) -> Path | None:
-    """The final checkpoint, if training is done.
-
-    Ray Train uploads it file by file, so that it is there says little; the worker's last event, written once all of
-    it had arrived, does.
-    """
-    if not any(e["event"] == "finished" for e in read_lines(folder / "events.jsonl")):
-        return None
-    return next((p.parent for p in (folder / "train").glob("*-final/progress.json")), None)
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run has left its results."""
-    return (folder / "result.json").is_file()
-
-
-def same_run(recipe: Recipe, folder: Path) -> None:
-    """Refuse to resume a run with another recipe.
-
-    Raises:
-        InputError: naming the keys that differ.
-    """
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        return
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    now = recipe.model_dump(mode="json")
-    differs = [k for k in _leaves(now) | _leaves(before) if _get(now, k) != _get(before, k) and not _free(k)]
-    if differs:
-        shown = "; ".join(f"{k}: was {_get(before, k)!r}, now {_get(now, k)!r}" for k in sorted(differs)[:6])
-        raise InputError(
-            f"run '{recipe.name}' in {folder} was started with another recipe ({shown}). "
-            "Give the old settings to resume it, or another --name"
-        )
-
-
 def versions() -> dict[str, str]:
     """What a run must name to be repeated."""
     import diffusers
@@ -399,26 +335,6 @@ def versions() -> dict[str, str]:
         )
         found["git"] = out.stdout.strip()
     return found
-
-
-def _free(key: str) -> bool:
-    section, _, rest = key.partition(".")
-    within = {"method": FREE_METHOD, "training": FREE_TRAINING}
-    return section in FREE_KEYS or rest in within.get(section, ())
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    return {
-        leaf
-        for k, v in tree.items()
-        for leaf in (_leaves(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}"})
-    }
-
-
-def _get(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _root(error: BaseException) -> str:

@@ -83,20 +83,14 @@ class Worker:
     def __init__(
         self, job: Job, teacher: Client, session: Session, events: EventLog, rewards: Client | None = None
     ) -> None:
-        self.recipe, self.family, self.session, self.events = (
-            job.recipe,
-            job.family,
-            session,
-            events,
-        )
+        self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
         self.teacher, self.rewards = teacher, rewards
         self._stop_at, self._stop_file = job.stop_at, job.stop_file
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
-        self._conditions, self._real = job.conditions, job.real
-        self._conditions, self._pairing = job.conditions, job.pairing
+        self._conditions, self._real, self._pairing = job.conditions, job.real, job.pairing
         self._pairs: PairStream | None = None
         self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0

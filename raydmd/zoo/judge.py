@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ Render = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 LANGUAGES: tuple[type[Caption], ...] = (MovingCaption, StillCaption)
 """The zoo's worlds, by their captions."""
+
+Body = Literal["conv", "attention"]
+"""How a judge looks: through convolutions, or as a small vision transformer. Two kinds share fewer blind spots."""
 
 BATCH = 64
 PEAK_RATE = 2e-3
@@ -68,27 +71,21 @@ class Judge(ABC):
 
 
 class AttributeJudge(Judge, nn.Module):
-    """A small conv net that names the attributes of a clip (3-D) or a picture (2-D).
+    """A small network that names the attributes of a clip or a picture.
 
-    It takes clips of 9 frames, or 1, of 32x32 pixels. Time and space stay resolved (3x4x4, 1x4x4) until
-    one linear layer, because where an item is when is what tells direction and speed, and where it is
-    at all its place.
+    It takes clips of 9 frames, or 1, of 32x32 pixels. Time and space stay resolved until one linear layer,
+    because where an item is when is what tells direction and speed, and where it is at all its place.
 
     Args:
         language: the captions of the world it judges.
+        body: the kind of network.
     """
 
-    def __init__(self, language: type[Caption] = MovingCaption) -> None:
+    def __init__(self, language: type[Caption] = MovingCaption, body: Body = "conv") -> None:
         super().__init__()
         self.language = language
-        moves = language.frames > 1
-        self.body = nn.Sequential(
-            _block(3, 24, (1, 2, 2), time=moves),
-            _block(24, 48, (2, 2, 2), time=moves),
-            _block(48, 48, (2, 2, 2), time=moves),
-            nn.Flatten(),
-        )
-        self.penultimate = nn.Linear(48 * math.ceil(language.frames / 4) * 4 * 4, FEATURES)
+        self.body, width = _convolutions(language.frames) if body == "conv" else _attention(language.frames)
+        self.penultimate = nn.Linear(width, FEATURES)
         attributes = language.attributes
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in attributes.items()})
 
@@ -133,9 +130,11 @@ class AttributeJudge(Judge, nn.Module):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                heads = {key.split(".")[1] for key in file.keys() if key.startswith("heads.")}  # noqa: SIM118
+                keys = set(file.keys())
+            heads = {key.split(".")[1] for key in keys if key.startswith("heads.")}
+            body: Body = "attention" if any(key.startswith("body.places") for key in keys) else "conv"
             # A file of no world's attributes is refused by the next line, and says what is missing.
-            judge = cls(next((lang for lang in LANGUAGES if set(lang.attributes) == heads), MovingCaption))
+            judge = cls(next((lang for lang in LANGUAGES if set(lang.attributes) == heads), MovingCaption), body)
             judge.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise InputError(f"no attribute judge can be read from {path}: {error}") from None
@@ -161,6 +160,7 @@ def train_judge(
     minutes: float,
     seed: int,
     language: type[Caption] = MovingCaption,
+    body: Body = "conv",
     clock: Callable[[], float] = time.monotonic,
 ) -> AttributeJudge:
     """Train a judge for a given time on endless rendered clips.
@@ -174,6 +174,7 @@ def train_judge(
         minutes: how long; at least one step is taken.
         seed: of the initial weights, the clips and the augmentation.
         language: the captions of the world that ``render`` shows.
+        body: the kind of network.
         clock: seconds that pass; tests give their own.
 
     Returns:
@@ -188,7 +189,7 @@ def train_judge(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = AttributeJudge(language).train()
+        judge = AttributeJudge(language, body).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.01)
     start, done, step = clock(), 0.0, 0
     while done < 1 or step == 0:
@@ -206,6 +207,45 @@ def train_judge(
         step += 1
         done = (clock() - start) / (60 * minutes)
     return judge.eval().requires_grad_(False)
+
+
+class _Attention(nn.Module):
+    """Patches of 4x4 pixels, and of 3 frames where there is motion, that look at each other in two layers."""
+
+    def __init__(self, frames: int) -> None:
+        super().__init__()
+        depth, width, heads = 3 if frames > 1 else 1, 48, 4
+        tokens = frames // depth * (SIZE // 4) ** 2
+        self.patches = nn.Conv3d(3, width, (depth, 4, 4), stride=(depth, 4, 4))
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.narrow = nn.Linear(width, 12)
+        self.outputs = 12 * tokens
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """``(B, 3, F, H, W)`` in [-1, 1] to ``(B, outputs)``."""
+        tokens = self.patches(clips).flatten(2).transpose(1, 2) + self.places
+        narrowed: Tensor = self.narrow(self.layers(tokens))
+        return narrowed.flatten(1)
+
+
+def _attention(frames: int) -> tuple[nn.Module, int]:
+    body = _Attention(frames)
+    return body, body.outputs
+
+
+def _convolutions(frames: int) -> tuple[nn.Module, int]:
+    moves = frames > 1
+    blocks = nn.Sequential(
+        _block(3, 24, (1, 2, 2), time=moves),
+        _block(24, 48, (2, 2, 2), time=moves),
+        _block(48, 48, (2, 2, 2), time=moves),
+        nn.Flatten(),
+    )
+    return blocks, 48 * math.ceil(frames / 4) * 4 * 4
 
 
 def _block(inputs: int, outputs: int, stride: tuple[int, int, int], *, time: bool) -> nn.Sequential:

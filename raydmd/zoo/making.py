@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raydmd.zoo.judge import AttributeJudge, train_judge
+from raydmd.zoo.judge import AttributeJudge, Body, train_judge
 from raydmd.zoo.make_vae import LATENT_NOISE, encode_clips
 from raydmd.zoo.world import SIZE, Items
 
@@ -59,9 +59,9 @@ def encoded(work: Path, vae: AutoencoderKLWan | AutoencoderKL, world: Items, *, 
     return latents, prompts
 
 
-JUDGES = ("judge", "reward")
-"""One for evaluation, one to be rewarded by: alike but for their seeds, so that no student is measured by what it
-was trained on."""
+JUDGES: dict[str, Body] = {"judge": "conv", "reward": "attention"}
+"""One for evaluation, one to be rewarded by, another kind of network from another seed: no student is measured by what
+it was trained on."""
 
 
 def attribute_judges(
@@ -69,13 +69,13 @@ def attribute_judges(
 ) -> dict[str, AttributeJudge]:
     """Both judges, trained on real samples and on what the autoencoder makes of them, for ``minutes`` in all."""
     return {
-        name: _attribute_judge(work / f"{name}.safetensors", vae, world, minutes=minutes / len(JUDGES), seed=seed)
-        for seed, name in enumerate(JUDGES)
+        name: _attribute_judge(work / f"{name}.safetensors", vae, world, body, minutes=minutes / len(JUDGES), seed=i)
+        for i, (name, body) in enumerate(JUDGES.items())
     }
 
 
 def _attribute_judge(
-    done: Path, vae: AutoencoderKLWan | AutoencoderKL, world: Items, *, minutes: float, seed: int
+    done: Path, vae: AutoencoderKLWan | AutoencoderKL, world: Items, body: Body, *, minutes: float, seed: int
 ) -> AttributeJudge:
     if not done.is_file():
 
@@ -89,7 +89,7 @@ def _attribute_judge(
             clips = clips if clips.ndim == 5 else clips[:, :, None]
             return (clips.permute(0, 2, 1, 3, 4) / 2 + 0.5).clamp(0, 1), labels
 
-        train_judge(render, minutes=minutes, seed=seed, language=world.language).save(done)
+        train_judge(render, minutes=minutes, seed=seed, language=world.language, body=body).save(done)
     return AttributeJudge.load(done)
 
 

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from raydmd.recipe import Recipe
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.run import trained
+from raydmd.training.folder import trained
 
 if TYPE_CHECKING:
     from pathlib import Path

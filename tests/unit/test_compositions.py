@@ -108,6 +108,23 @@ def test_decoupled_at_one_level_is_the_guided_term(base, normaliser):
             assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("normaliser", ["distance", "noisy_distance"])
+def test_apart_both_halves_have_one_divisor_and_keep_the_papers_proportion(normaliser):
+    """Algorithm 1 adds differences of clean predictions as they are: ``DM + (w - 1) CA``."""
+    method = built(name="decoupled", normaliser=normaliser, guidance=3.0)
+    phase, student, teacher, fake = method.phases[0], experts(0), experts(5), experts(3)
+    cond, d = cond_of(torch.randn(4, 1, 2, generator=seeded(1))), draws()
+    sample = method.rollout(student, cond, d, phase, LATENT, grad=False)
+    dm, ca = method.queries(sample, phase, d, 0.0)
+    answers = [reply(teacher, q, cond) for q in (dm, ca)]
+    got = method.score.gradient(sample, (dm, ca), answers, lambda q: fake.x0(q.x_t, q.t, cond), None, 0.0)
+    match = fake.x0(dm.x_t, dm.t, cond) - answers[0].value
+    augment = 2.0 * (answers[1].uncond - answers[1].value)
+    base = sample.x0 if normaliser == "distance" else dm.x_t
+    divisor = (base - answers[0].value).abs().flatten(1).mean(1).view(-1, 1, 1)
+    torch.testing.assert_close(got, (match + augment) / divisor)
+
+
 def test_amd_without_strength_is_decoupled_and_with_it_is_not():
     rewards = torch.tensor([0.1, 0.9, 0.4, 0.2])
     plain, weak, strong = (

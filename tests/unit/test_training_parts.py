@@ -114,7 +114,7 @@ def test_a_file_that_grows_is_read_on_from_where_it_was(tmp_path):
 
 
 def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_path):
-    from raydmd.training.run import same_run
+    from raydmd.training.folder import same_run
 
     recipe = Recipe(name="r", output=tmp_path)
     recipe.folder.mkdir()
