@@ -24,8 +24,8 @@ from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
 from raydmd.zoo.settings import TRAINING
 
-FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}}
-"""CFG augmentation alone."""
+FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}, "normaliser": "distance"}
+"""CFG augmentation alone, as the preset normalises it: the faster way down."""
 RUINED = 0.8
 """Share of the teacher's joint accuracy below which pictures count as ruined."""
 COLUMNS = ("frechet", "joint", "flow", "brightness", "saturation", "diversity")
@@ -66,7 +66,7 @@ def main() -> None:
         reference, floor, *undistilled = bench.teacher_samples()
         shown = bench.rows(reference, floor, undistilled)
         for name, (method, training, monitor) in runs.items():
-            changes = {"name": name.replace(", ", "-").replace(" ", "-"), "method": method | MODELS[args.model]}
+            changes = {"name": name.replace(", ", "-").replace(" ", "-"), "method": MODELS[args.model] | method}
             recipe = derive(base, changes | {"training": training, "monitor": monitor})
             end, checkpoint = bench.train(recipe)
             row = bench.rows(reference, floor, [bench.student_samples(recipe, checkpoint)])[-1]

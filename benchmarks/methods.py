@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dp_dmd": {"name": "dp_dmd", "normaliser": "noisy_distance"},
     "dp_dmd without anchor": {"name": "dp_dmd", "normaliser": "noisy_distance", "anchor": None},
 }
-"""``dmd2`` is Decoupled DMD's coupled schedule too: the two are one gradient (tests/unit/test_compositions.py). ``dp_dmd``
+"""``dmd2`` is Decoupled DMD's coupled schedule too: one gradient (tests/unit/test_compositions.py). ``dp_dmd``
 keeps its own normaliser: against the others' gradient the anchor would weigh nothing."""
 COLUMNS = {
     "cycles": ("updates", "{:.0f}"),
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=float, default=3200.0, help="network evaluations, times the batch")
+    parser.add_argument("--evaluations", type=float, default=2600.0, help="network evaluations, times the batch")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--samples", type=int, default=256)

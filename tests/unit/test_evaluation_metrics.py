@@ -21,7 +21,7 @@ from raydmd.evaluation.metrics import (
 )
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
 from raydmd.evaluation.samples import Samples, evaluation_prompts
-from raydmd.zoo.judge import AttributeJudge, train_judge
+from raydmd.zoo.judge import AttributeJudge, Body, train_judge
 from raydmd.zoo.world import ATTRIBUTES, FRAMES, PIXELS_PER_FRAME, SIZE, MovingCaption, World
 
 if TYPE_CHECKING:
@@ -166,9 +166,10 @@ def render(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return clips, labels
 
 
-def test_a_judge_learns_and_survives_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", ["conv", "attention"])
+def test_a_judge_learns_and_survives_its_file(body: Body, tmp_path: Path) -> None:
     ticks = itertools.count()
-    judge = train_judge(render, minutes=0.25, seed=0, clock=lambda: float(next(ticks)))
+    judge = train_judge(render, minutes=0.25, seed=0, body=body, clock=lambda: float(next(ticks)))
     assert next(ticks) == 16  # one look before and one after each of 15 steps
     clips, labels = render(12, torch.Generator().manual_seed(9))
     assert torch.equal(judge.predict(clips)["colour"], labels[:, 1])

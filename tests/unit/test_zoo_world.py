@@ -13,7 +13,7 @@ from raydmd.errors import InputError
 from raydmd.evaluation.metrics import attribute_accuracy, coverage
 from raydmd.evaluation.samples import evaluation_prompts
 from raydmd.rewards.classifier import ClassifierReward
-from raydmd.zoo.judge import LANGUAGES, AttributeJudge
+from raydmd.zoo.judge import LANGUAGES, AttributeJudge, Body
 from raydmd.zoo.make_experts import TEXT_LENGTH, build_tokenizer
 from raydmd.zoo.still import PLACES, SIZES, StillCaption, StillWorld
 from raydmd.zoo.world import COLOURS, ITEMS, LEVEL, Caption, MovingCaption, World
@@ -107,8 +107,9 @@ def test_clips_still_have_their_frames(data: Path) -> None:
     assert (clips.shape, labels.shape) == ((2, 3, 9, 32, 32), (2, 4))
 
 
-def test_a_judge_of_pictures_survives_its_file_and_reads_no_clips(tmp_path: Path) -> None:
-    judge = AttributeJudge(StillCaption)
+@pytest.mark.parametrize("body", ["conv", "attention"])
+def test_a_judge_of_pictures_survives_its_file_and_reads_no_clips(body: Body, tmp_path: Path) -> None:
+    judge = AttributeJudge(StillCaption, body).eval()
     judge.save(tmp_path / "judge.safetensors")
     again = AttributeJudge.load(tmp_path / "judge.safetensors")
     assert again.language is StillCaption
