@@ -134,7 +134,8 @@ open even where the draws are uniform: read that figure beside the teacher's.</p
 {% if curves %}<h2>Training</h2>
 <div class="curves">{% for name, svg in curves %}<figure><figcaption>{{ name }}</figcaption>
 {{ svg }}</figure>{% endfor %}</div>
-<p class="note">Losses mean little in distribution matching; look for figures that run away.</p>
+<p class="note">Losses mean little in distribution matching; look for figures that run away. Dashed
+lines are where one phase ends and the next begins.</p>
 {% endif %}
 
 {% if facts %}<h2>Facts</h2>

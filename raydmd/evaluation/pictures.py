@@ -136,11 +136,12 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
     return sheet
 
 
-def curve(points: Sequence[tuple[int, float]]) -> str | None:
+def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str | None:
     """One figure over the cycles as inline SVG; colours come from the page's ``currentColor``.
 
     Args:
         points: cycle and value; values that are not finite are left out.
+        marks: cycles with an upright line, if they are within the points'.
 
     Returns:
         The SVG element, or ``None`` if fewer than two points are left.
@@ -159,12 +160,14 @@ def curve(points: Sequence[tuple[int, float]]) -> str | None:
         return f"{across:.1f},{down:.1f}"
 
     line = " ".join(place(x, y) for x, y in kept)
+    uprights = "".join(f"M{place(x, y1)}V{height - bottom}" for x in marks if x0 < x < x1)
     floor, text = height - bottom, 'fill="currentColor" font-size="11" opacity=".65"'
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" fill="none">'
         f'<path d="M{left} {top}H{width - right}M{left} {floor}H{width - right}" '
         'stroke="currentColor" opacity=".18"/>'
-        f'<polyline points="{line}" stroke="var(--accent)" stroke-width="1.6" '
+        + (f'<path d="{uprights}" stroke="currentColor" opacity=".4" stroke-dasharray="3 3"/>' if uprights else "")
+        + f'<polyline points="{line}" stroke="var(--accent)" stroke-width="1.6" '
         'stroke-linejoin="round"/>'
         f'<text x="{left - 6}" y="{top + 4}" text-anchor="end" {text}>{y1:.3g}</text>'
         f'<text x="{left - 6}" y="{floor + 4}" text-anchor="end" {text}>{y0:.3g}</text>'

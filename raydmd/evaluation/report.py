@@ -43,6 +43,7 @@ def write_report(
     recipe_yaml: str,
     curves: Mapping[str, Sequence[tuple[int, float]]],
     facts: Mapping[str, str],
+    phases: Sequence[int] = (),
 ) -> Path:
     """Write ``report.html``, ``result.json`` and ``contact.png``.
 
@@ -54,6 +55,7 @@ def write_report(
         recipe_yaml: the resolved recipe.
         curves: values by cycle of figures of the training.
         facts: versions, machine, times.
+        phases: cycles at which one phase ended and another began, marked in the curves.
 
     Returns:
         The path of ``report.html``.
@@ -63,7 +65,7 @@ def write_report(
     """
     sheet = _sheet(contact) if contact else None
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
-    drawn = {name: curve(points) for name, points in curves.items()}
+    drawn = {name: curve(points, phases) for name, points in curves.items()}
     html = page.render(
         title=title,
         lede=_lede(evaluation),

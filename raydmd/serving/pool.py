@@ -75,7 +75,7 @@ class Pool:
         self._open = True
         self._deadline = clock() + spec.start_timeout
         self._loading: dict[Any, ReplicaHandle] = {r.actor.ping.remote(): r for r in spec.replicas}
-        self._last = ""
+        self._last, self._late = "", False
 
     @classmethod
     def start(cls, asked: Replicas, build: Callable[[str], Engine], **settings: Any) -> Self:
@@ -165,14 +165,17 @@ class Pool:
         )
         return cls(spec, asked, clock)
 
-    def loaded(self, patience: float = 0.0) -> bool:
+    def loaded(self, patience: float = 0.0, *, enough: int | None = None) -> bool:
         """Whether every replica has loaded and answered.
 
         Args:
             patience: seconds to wait for the next answer.
+            enough: replicas that will do once ``start_timeout`` is over; default: all. The others may still come, and
+                are said to be late once.
 
         Raises:
-            PoolError: if a replica cannot load (with its own error), or did not within ``start_timeout``.
+            PoolError: if a replica cannot load (with its own error), or fewer than ``enough`` did within
+                ``start_timeout``.
         """
         if not self._loading:
             return True
@@ -193,13 +196,17 @@ class Pool:
                 self._last = plain(error)
                 time.sleep(0.2)
                 self._loading[replica.actor.ping.remote()] = replica
-        if self._loading and not left:
+        if self._loading and not left and not self._late:
             names = sorted(r.name for r in self._loading.values())
-            raise PoolError(
+            text = (
                 f"pool {self._spec.pool!r}: {', '.join(names)} did not load within {self._spec.start_timeout:g} s. "
                 f"Asked for {self._asked.copies} x {_demand(self._asked)}; the cluster has "
                 f"{_cluster()}{f'; last error: {self._last}' if self._last else ''}"
             )
+            if self._asked.copies - len(names) < (self._asked.copies if enough is None else enough):
+                raise PoolError(text)
+            self._late = True
+            print(f"{text}. The run goes on without.", flush=True)
         return not self._loading
 
     def client_spec(self) -> ClientSpec:

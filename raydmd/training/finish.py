@@ -24,6 +24,7 @@ from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
 from raydmd.training.export import export, load_student, readable, solver, student_experts
+from raydmd.training.plan import CyclePlan
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def finish_run(
         recipe_yaml=recipe.to_yaml(),
         curves=read_curves(folder / "metrics.jsonl"),
         facts=facts,
+        phases=CyclePlan.of(recipe.training, len(recipe.method.boundaries) + 1).ends[:-1],
     )
     student_row = next(r for r in evaluation.to_json()["rows"] if r["name"] == "student")
     figures = {f"evaluation/{k}": float(v) for k, v in student_row.items() if isinstance(v, int | float)}

@@ -61,5 +61,5 @@ def fit(trainer: TorchTrainer, pools: Sequence[Pool]) -> ray.train.Result:
     threading.Thread(target=work, name="raydmd-fit", daemon=True).start()
     while not wait([done], timeout=1.0).done:  # signals are heeded in between
         for pool in pools:
-            pool.loaded()
+            pool.loaded(enough=1)  # training goes on with what there is
     return done.result()

@@ -257,3 +257,20 @@ def test_a_pool_that_does_not_fit_says_what_is_missing(tmp_path: Path) -> None:
     load = functools.partial(load_teacher_engine, build, conditions, None)
     with pytest.raises(PoolError, match=r"did not load within 3 s.*'teacher': 1.*free: .*CPU"):
         Pool.start(asked, load, start_timeout=3)
+
+
+def test_a_late_replica_is_missed_only_where_all_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build, conditions = helpers.teacher(tmp_path)
+    load = functools.partial(load_teacher_engine, build, conditions, None)
+    now, asked = [0.0], Replicas(copies=2, cpus=0.6 * ray.cluster_resources()["CPU"])  # one of them fits
+    with Pool.launch(asked, load, start_timeout=100, clock=lambda: now[0]) as pool:
+        real = time.monotonic() + 60
+        while not pool.stats(timeout=1.0).replicas:
+            assert time.monotonic() < real
+        assert not pool.loaded(5.0)
+        now[0] = 101.0
+        with pytest.raises(PoolError, match="did not load within 100 s"):
+            pool.loaded()
+        assert not pool.loaded(enough=1)
+        assert not pool.loaded(enough=1)
+        assert capsys.readouterr().out.count("goes on without") == 1

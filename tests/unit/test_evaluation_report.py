@@ -212,6 +212,17 @@ def test_curves_leave_out_what_is_not_finite() -> None:
     assert "inf" not in drawn
 
 
+def test_curves_mark_where_phases_change() -> None:
+    points = [(0, 1.0), (10, 3.0), (20, 2.0)]
+    plain, marked = curve(points), curve(points, [5, 15, 20, 40])
+    assert plain is not None
+    assert marked is not None
+    assert "dasharray" not in plain
+    (path,) = [part for part in marked.split("<path") if "dasharray" in part]
+    assert path.count("V128") == 2  # those inside; a mark at the end would be the frame's edge
+    assert 'd="M121.5,10.0V128M260.5,10.0V128"' in path
+
+
 def test_taking_rows_keeps_prompts_with_clips() -> None:
     part = samples("teacher", 0.2).take([7, 0])
     assert part.prompts == ["a blue bag", "a red bag"]
