@@ -6,6 +6,7 @@ refused input answer at once. What runs is :func:`raydmd.training.run.run`, impo
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
+from pydantic_core import to_jsonable_python
 
 import raydmd
 from raydmd import recipe_io
@@ -252,14 +254,18 @@ def _print_recipe(
 ) -> None:
     """Print the default recipe, changed by a file and by keys, as YAML.
 
-    Another method's keys: raydmd recipe method.name=dmd2
+    Another method's keys: raydmd recipe method.name=dmd2. Keys of sections that are off follow as comments.
     """
 
     def resolve() -> Recipe:
         keys, _ = read_overrides(ctx.args)
         return _resolve(lambda _: Recipe(), file, keys)
 
-    typer.echo(_guard(resolve, None).to_yaml(), nl=False)
+    recipe = _guard(resolve, None)
+    typer.echo(recipe.to_yaml(), nl=False)
+    typer.echo("# Off; any of a section's keys switches it on:")
+    for key, value in recipe_io.switched_off(recipe).items():
+        typer.echo(f"# {key}: {'(must be given)' if value is ... else json.dumps(to_jsonable_python(value))}")
 
 
 def _version(wanted: bool) -> None:

@@ -246,12 +246,42 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
     for name, field in section.model_fields.items():
         kinds = members(field.annotation)
         found[prefix + name] = str in kinds or Path in kinds
-        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        sections = _sections(field.annotation)
         if any(k not in sections and k is not type(None) for k in kinds):
             sections = []  # a number or a mapping: given whole
         for inner in sections:
             found |= keys_of(inner, f"{prefix}{name}.")
     return found
+
+
+def switched_off(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the sections that are null, with the value it would have; ``...`` where it must be given."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found |= switched_off(value, f"{prefix}{name}.")
+        elif value is None:
+            for inner in _sections(field.annotation):
+                found |= _defaults(inner, f"{prefix}{name}.")
+    return found
+
+
+def _defaults(section: type[BaseModel], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        value = ... if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+        found[prefix + name] = value
+        if value is None:
+            for inner in _sections(field.annotation):
+                found |= _defaults(inner, f"{prefix}{name}.")
+    return found
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    return [k for k in members(annotation) if isinstance(k, type) and issubclass(k, BaseModel)]
 
 
 def mixed_keys(section: type[BaseModel], prefix: str = "") -> set[str]:

@@ -13,7 +13,7 @@ import yaml
 import raydmd
 from raydmd.cli import experiment, main, read_overrides
 from raydmd.errors import InputError, PoolError, RunStopped
-from raydmd.recipe import Recipe, derive
+from raydmd.recipe import Recipe, derive, known_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,6 +92,23 @@ def test_recipe_prints_what_it_resolves(call: Callable[..., tuple[int, str, str]
     tree = yaml.safe_load(out)
     assert code == 0
     assert (tree["method"]["solver"], tree["training"]["cycles"]) == ("renoise", 3)
+
+
+def test_recipe_names_the_keys_of_sections_that_are_off(call: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = call(main, "recipe", "method.name=dmd2")
+    off = dict(line.removeprefix("# ").split(": ", 1) for line in out.splitlines() if line.startswith("# method."))
+    assert off["method.gan.data"] == "(must be given)"
+    assert off["method.anchor.steps"] == "5"
+    assert set(off) <= set(known_keys())
+    assert not any(key.startswith("method.decouple") for key in _off(call, "method.name=decoupled"))
+    derived = derive(Recipe(), {"method.name": "dmd2", "method.anchor.steps": 4})
+    assert derived.method.anchor is not None
+    assert derived.method.anchor.steps == 4
+
+
+def _off(call: Callable[..., tuple[int, str, str]], *words: str) -> list[str]:
+    _, out, _ = call(main, "recipe", *words)
+    return [line.removeprefix("# ").split(":")[0] for line in out.splitlines() if line.startswith("# ")]
 
 
 @pytest.mark.parametrize(
