@@ -2,8 +2,8 @@
 
 Each variant trains in a process of its own, on one thread or on the GPU, for the same number of network
 evaluations (a forward counts 1 a sample, a forward with gradient 3), with the same rates and batch.
-Beside it stand what else a variant costs: its pairs' evaluations (once for all seeds) and its seconds of CPU, rewards
-included. Each seed has a training seed, prompts and noise of its own, for the teacher too. Compared is with the
+Beside it stand what else a variant costs: its pairs' evaluations and its seconds of CPU, rewards
+included. Each seed has a training seed, pairs, prompts and noise of its own, for the teacher too. Compared is with the
 teacher at full steps on other noise, by a judge of other weights than the one that rewards. Finished runs are kept in
 ``--output/methods/`` by their settings and the state of the code, and not repeated; table and figures go to
 ``--output/methods.md`` and ``methods.json``.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from bench import BOUNDARIES, MODELS, Bench, code, keep
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_rel
 
 from raydmd.recipe import Recipe, derive
 from raydmd.zoo.settings import TRAINING
@@ -38,22 +38,34 @@ PAIRED = "dmd, 1 step"
 VARIANTS: dict[str, dict[str, Any]] = {
     PAIRED: {"name": "dmd", "regression": {"loss": "l2"}},
     "dmd without pairs, 1 step": {"name": "dmd", "regression": None},
-    "dmd2": {"name": "dmd2"},
-    "dmd2, normalised": {"name": "dmd2", "normaliser": "distance"},
-    "dmd2, normalised as dp_dmd": {"name": "dmd2", "normaliser": "noisy_distance"},
+    "dmd2 (no GAN)": {"name": "dmd2"},
+    "dmd2, as phased is normalised": {"name": "dmd2", "normaliser": "none"},
+    "dmd2, as dp_dmd is, half as long": {"name": "dmd2", "normaliser": "noisy_distance"},
     "phased": {"name": "phased"},
-    "phased, normalised": {"name": "phased", "normaliser": "distance"},
     "decoupled (hybrid)": {"name": "decoupled"},
     "decoupled, constrained": {"name": "decoupled", "decouple": {"schedule": "constrained"}},
     "decoupled, full": {"name": "decoupled", "decouple": {"schedule": "full"}},
+    "decoupled, coupled": {"name": "decoupled", "decouple": {"schedule": "coupled"}},
+    "decoupled (hybrid), by scores": {"name": "decoupled", "normaliser": "none"},
     "CA alone": {"name": "decoupled", "decouple": {"match": 0.0}},
     "DM alone": {"name": "decoupled", "decouple": {"augment": 0.0}},
-    "amd": {"name": "amd"},
-    "dp_dmd": {"name": "dp_dmd", "normaliser": "noisy_distance"},
-    "dp_dmd without anchor": {"name": "dp_dmd", "normaliser": "noisy_distance", "anchor": None},
+    "amd": {"name": "amd", "adapt": {"epsilon": 0.1}},
+    "amd of strength 0": {"name": "amd", "adapt": {"epsilon": 0.1, "strength": 0.0, "fake_strength": 0.0}},
+    "dp_dmd": {"name": "dp_dmd"},
+    "dp_dmd without anchor": {"name": "dp_dmd", "anchor": None},
 }
-"""``dmd2`` is Decoupled DMD's coupled schedule too: one gradient (tests/unit/test_compositions.py). ``dp_dmd``
-keeps its own normaliser: against the others' gradient the anchor would weigh nothing."""
+"""The presets with their own settings, the ablations that the papers argue with, and controls. AMD's rewards are mean
+log-probabilities here: less than a tenth of a nat between samples that are right anyway should decide nothing."""
+CONTROLS = {
+    "dmd2, as phased is normalised": ("wan22-tiny",),
+    "dmd2, as dp_dmd is, half as long": ("sd35-tiny",),
+    "decoupled (hybrid), by scores": ("sd35-tiny",),
+    "amd of strength 0": ("sd35-tiny",),
+    "dp_dmd without anchor": ("sd35-tiny",),
+}
+"""Models on which a control is run, where that is not all of them."""
+SHARES = {"dmd2, as dp_dmd is, half as long": 0.5}
+"""Of the network evaluations that a variant gets; all others get all of them."""
 COLUMNS = {
     "cycles": ("updates", "{:.0f}"),
     "evaluated": ("evaluations", "{:.0f}"),
@@ -70,28 +82,34 @@ COLUMNS = {
     "reward": ("held-out reward", "{:.2f}"),
     "low": ("low-reward share", "{:.3f}"),
 }
+DMD2 = "dmd2 (no GAN)"
 DIRECTIONS = (
-    ("DP-DMD is more diverse than DMD2", "dp_dmd", "coverage_right", "above", "dmd2"),
-    ("also where both are normalised alike", "dp_dmd", "coverage_right", "above", "dmd2, normalised as dp_dmd"),
+    ("DP-DMD is more diverse than DMD2", "dp_dmd", "coverage_right", "above", DMD2),
+    ("also for as many updates", "dp_dmd", "coverage_right", "above", "dmd2, as dp_dmd is, half as long"),
     ("its anchor is why", "dp_dmd", "coverage_right", "above", "dp_dmd without anchor"),
-    ("Phased DMD is more diverse than DMD2", "phased", "coverage_right", "above", "dmd2"),
-    ("also where both are normalised", "phased, normalised", "coverage_right", "above", "dmd2, normalised"),
-    ("Phased DMD moves more than DMD2", "phased", "flow", "above", "dmd2"),
-    ("also where both are normalised", "phased, normalised", "flow", "above", "dmd2, normalised"),
+    ("Phased DMD is more diverse than DMD2", "phased", "coverage_right", "above", DMD2),
+    ("also where neither is normalised", "phased", "coverage_right", "above", "dmd2, as phased is normalised"),
+    ("Phased DMD moves more than DMD2", "phased", "flow", "above", DMD2),
+    ("also where neither is normalised", "phased", "flow", "above", "dmd2, as phased is normalised"),
     ("hybrid is better than constrained", "decoupled (hybrid)", "frechet", "below", "decoupled, constrained"),
     ("hybrid is better than full", "decoupled (hybrid)", "frechet", "below", "decoupled, full"),
-    ("hybrid is better than coupled", "decoupled (hybrid)", "frechet", "below", "dmd2"),
+    ("hybrid is better than coupled", "decoupled (hybrid)", "frechet", "below", "decoupled, coupled"),
+    ("constrained is better than full", "decoupled, constrained", "frechet", "below", "decoupled, full"),
+    ("constrained is better than coupled", "decoupled, constrained", "frechet", "below", "decoupled, coupled"),
     ("CA alone drifts", "CA alone", "saturation", "above", "DM alone"),
-    ("DM repairs CA", "decoupled (hybrid)", "frechet", "below", "CA alone"),
-    ("AMD's held-out reward is above DMD2's", "amd", "reward", "above", "dmd2"),
-    ("and above what it adapts", "amd", "reward", "above", "decoupled (hybrid)"),
-    ("AMD has fewer low-reward samples", "amd", "low", "below", "decoupled (hybrid)"),
+    ("DM repairs CA", "decoupled, coupled", "frechet", "below", "CA alone"),
+    ("AMD's held-out reward is above DMD2's", "amd", "reward", "above", DMD2),
+    ("and above its own without weights", "amd", "reward", "above", "amd of strength 0"),
+    ("AMD has fewer low-reward samples", "amd", "low", "below", DMD2),
     ("DMD's regression keeps modes", PAIRED, "coverage_right", "above", "dmd without pairs, 1 step"),
 )
 """What the papers say, as a figure of one variant against another's, and the same against closer controls."""
 CLEAR = 0.05
-"""Probability of so large a difference between equal means, by Welch's test and Holm's correction, below which it
-counts."""
+"""Probability of so large a difference between equal means, by a paired test over seeds and Holm's correction, below
+which it counts."""
+TINY = 1e-9
+SEEDS_APART = 100
+"""A run draws from its seed and the next few."""
 TEACHER = "teacher"
 COSTS, COST = " costs", "cost.json"
 PROBE = 12
@@ -104,7 +122,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=float, default=2600.0, help="network evaluations, times the batch")
+    parser.add_argument("--evaluations", type=float, default=2400.0, help="network evaluations, times the batch")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--samples", type=int, default=256)
@@ -121,8 +139,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         run_all(args, [(m, TEACHER, seed) for m in args.models])  # students are measured against their clips
-        run_all(args, [(m, v, seed) for m in args.models for v in args.variants])
+        run_all(args, [(m, v, seed) for m in args.models for v in asked(args, m)])
     write(args)
+
+
+def asked(args: argparse.Namespace, model: str) -> list[str]:
+    """The variants that are run on a model."""
+    return [v for v in args.variants if model in CONTROLS.get(v, args.models)]
 
 
 def run_all(args: argparse.Namespace, jobs: list[tuple[str, str, int]]) -> None:
@@ -151,8 +174,8 @@ def result_file(args: argparse.Namespace, model: str, variant: str, seed: int) -
     """Where the figures of a run are kept; its settings are part of the name."""
     name = "".join(c for c in variant.replace(" ", "-") if c.isalnum() or c == "-")
     trained = [VARIANTS.get(variant.removesuffix(COSTS), {}), MODELS[model], BOUNDARIES[model], TRAINING]
-    asked = [args.evaluations, args.batch, args.pairs, args.samples, args.device]
-    return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{_key(trained, asked)}.json"
+    given = [args.evaluations, args.batch, args.pairs, args.samples, args.device]
+    return Path(args.output) / "methods" / f"{model}_{name}_{seed}_{_key(trained, given)}.json"
 
 
 def _key(*what: Any) -> str:
@@ -164,14 +187,14 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
     torch.set_num_threads(1)
     out = result_file(args, model, variant, seed)
     made_for = _key(MODELS[model], args.samples, args.pairs, args.device)
-    clips, pairs = out.parent / f"{model}_clips_{seed}_{made_for}.pt", out.parent / f"{model}_pairs_{made_for}"
+    clips, pairs = out.parent / f"{model}_clips_{seed}_{made_for}.pt", out.parent / f"{model}_pairs_{seed}_{made_for}"
     with tempfile.TemporaryDirectory(prefix="raydmd-methods-") as scratch:
         recipe = recipe_of(args, model, variant, seed, Path(scratch), pairs)
         bench = Bench(recipe, Path(scratch) / "conditions", torch.device(args.device))
         if variant == TEACHER:
             made = bench.teacher_samples()
             torch.save(made[:2], clips)
-            make_all(bench, recipe_of(args, model, PAIRED, 0, Path(scratch), pairs), args, pairs)
+            make_all(bench, recipe_of(args, model, PAIRED, seed, Path(scratch), pairs), args, pairs)
             keep(out, bench.rows(made[0], made[1], made[2:]))
             return
 
@@ -194,7 +217,8 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
             warm = train("warm", phases, warmup)[1] - phases * per_cycle  # all phases' warm-up
             keep(costs, [per_cycle, warm])
         per_cycle, warm = json.loads(costs.read_text(encoding="utf-8"))
-        cycles = max(phases, math.floor((args.evaluations - warm) / per_cycle))
+        budget = args.evaluations * SHARES.get(variant, 1.0)
+        cycles = max(phases, math.floor((budget - warm) / per_cycle))
         student, total = train("run", cycles, warmup)
         reference, floor = torch.load(clips, weights_only=False)
         row = bench.rows(reference, floor, [student])[-1]
@@ -205,7 +229,7 @@ def one(args: argparse.Namespace, model: str, variant: str, seed: int) -> None:
 
 
 def make_all(bench: Bench, recipe: Recipe, args: argparse.Namespace, folder: Path) -> None:
-    """The teacher's pairs, which all seeds of ``dmd`` share, and what they cost."""
+    """The teacher's pairs of a seed, and what they cost."""
     from raydmd.pairs.make import begin, make_pairs
     from raydmd.pairs.origin import origin_of
 
@@ -253,7 +277,7 @@ def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, fol
     return derive(
         Recipe(name="run", output=folder),
         {
-            "seed": seed,
+            "seed": SEEDS_APART * seed,
             "model.path": model,
             "training": TRAINING | {"batch": args.batch},
             "method": method,
@@ -267,29 +291,33 @@ def directions(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     rows = []
     for says, one_name, key, way, other_name in DIRECTIONS:
         found = [[float(r[key]) for r in shown.get(n, []) if r.get(key) is not None] for n in (one_name, other_name)]
-        if all(found):
-            so = (mean(found[0]) > mean(found[1])) == (way == "above")
+        if found[0] and len(found[0]) == len(found[1]):
+            so = [(a > b) == (way == "above") and a != b for a, b in zip(*found, strict=True)]
             figures = " against ".join(COLUMNS[key][1].format(mean(v)) for v in found)
-            rows.append((says, f"{COLUMNS[key][0]} {figures}", so, by_chance(*found)))
+            means = (mean(found[0]) > mean(found[1])) == (way == "above")
+            rows.append((says, f"{COLUMNS[key][0]} {figures}", so, means, by_chance(*found)))
     told, left = set[int](), len(rows)
-    for i in sorted(range(len(rows)), key=lambda i: rows[i][3]):
-        if rows[i][3] * left >= CLEAR:
+    for i in sorted(range(len(rows)), key=lambda i: rows[i][-1]):
+        if rows[i][-1] * left >= CLEAR:
             break
         told.add(i)
         left -= 1
-    lines = ["| the papers say | measured | |", "|---|---|---|"]
-    for i, (says, figures, so, p) in enumerate(rows):
-        verdict = ("yes" if so else "the contrary") if i in told else f"not told apart, leans {'so' if so else 'away'}"
-        lines.append(f"| {says} | {figures} | {verdict} (p = {p:.2g}) |")
+    lines = ["| the papers say | measured | so in | |", "|---|---|---|---|"]
+    for i, (says, figures, so, means, p) in enumerate(rows):
+        verdict = ("yes" if means else "the contrary") if i in told else "not told apart"
+        lines.append(f"| {says} | {figures} | {sum(so)} of {len(so)} seeds | {verdict} (p = {p:.2g}) |")
     return lines
 
 
 def by_chance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Probability of such a difference between equal means, by Welch's test; 1 where nothing can be said."""
-    if min(len(a), len(b)) < 2 or mean(a) == mean(b):
+    """Probability of such differences between equal means, by a t-test of pairs; 1 where nothing can be said.
+
+    Pairs, since all variants of a seed share its prompts, its noise and its teacher's clips.
+    """
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    if len(differences) < 2 or stdev(differences) < TINY:  # quantised figures may differ by the same in all seeds
         return 1.0
-    p = float(ttest_ind(a, b, equal_var=False).pvalue)
-    return p if math.isfinite(p) else 1.0
+    return float(ttest_rel(a, b).pvalue)
 
 
 def write(args: argparse.Namespace) -> None:
@@ -300,7 +328,7 @@ def write(args: argparse.Namespace) -> None:
         shown: dict[str, list[dict[str, Any]]] = {
             row["name"]: [rows[i] for rows in teachers] for i, row in enumerate(teachers[0])
         }
-        for variant in args.variants:
+        for variant in asked(args, model):
             files = [result_file(args, model, variant, seed) for seed in seeds]
             shown[variant] = [json.loads(f.read_text(encoding="utf-8")) for f in files]
         columns = {
@@ -320,8 +348,9 @@ def write(args: argparse.Namespace) -> None:
     hidden = ("only", "processes", "output")
     settings = {k: v for k, v in vars(args).items() if k not in hidden} | {"code": code()}
     lines.append(
-        f"{args.seeds} seeds, mean ± standard deviation; two means count as different where Welch's test with Holm's "
-        f"correction over a model's rows gives p < {CLEAR:g}. {json.dumps(settings)}"
+        f"{args.seeds} seeds, mean ± standard deviation. Two means count as different where a t-test of pairs by seed "
+        f"gives p < {CLEAR:g} with Holm's correction over a model's rows. `dmd`'s pairs come on top. "
+        f"{json.dumps(settings)}"
     )
     (args.output / "methods.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.output / "methods.json").write_text(json.dumps({"settings": settings, "rows": figures}, indent=1) + "\n")

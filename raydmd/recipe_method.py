@@ -41,10 +41,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dmd2": {"solver": "renoise"},
     # arXiv:2510.27684: an expert per phase, matched where the phase ends; its gradient (eq. 10) has no normaliser
     "phased": {"boundaries": (0.875,), "normaliser": "none"},
-    # arXiv:2511.22677: guidance taken out of distribution matching, each at noise levels of its own
-    "decoupled": {"solver": "renoise", "decouple": {}},
-    # arXiv:2602.07345: decoupled, the two weighed per sample by a reward
-    "amd": {"solver": "renoise", "decouple": {}, "adapt": {}},
+    # arXiv:2511.22677: guidance taken out of distribution matching, each at noise levels of its own; algorithm 1 adds
+    # differences of clean predictions as they are, at uniform times
+    "decoupled": {"solver": "renoise", "normaliser": "x0", "times_shift": 1.0, "fake_shift": 1.0, "decouple": {}},
+    # arXiv:2602.07345: DMD2 whose two halves are weighed per sample by a reward; its eq. 10 has one level for both
+    "amd": {"solver": "renoise", "decouple": {"schedule": "coupled"}, "adapt": {}},
     # arXiv:2602.03139: the first step follows the teacher, the others match distributions
     "dp_dmd": {"rollout": "unroll", "normaliser": "noisy_distance", "times": (0.0, 1.0), "anchor": {}},
 }
@@ -172,15 +173,18 @@ class Method(Section):
     """Where distribution matching renoises, before the shift."""
     times_end: Times | None = None
     """Where that window has moved to at a phase's end."""
+    times_shift: Positive | None = None
+    """Shift of the times at which the sample is renoised for the scores; default: ``shift``."""
     rollout: Literal["simulate", "unroll"] = "simulate"
     """``simulate`` leaves at a random step, which alone is differentiated (DMD2, Phased DMD); ``unroll``
     differentiates all steps of the phase (DP-DMD)."""
     solver: Literal["renoise", "euler"] = "euler"
     """Between steps, in training, in evaluation and in the exported scheduler: fresh noise on the predicted
     x0 (DMD2), or deterministic Euler."""
-    normaliser: Literal["distance", "noisy_distance", "none"] = "distance"
-    """``distance``: over the sample's mean ``|x - D_real|`` (DMD2). ``noisy_distance``: ``|x_t - D_real|`` (DP-DMD's
-    code). ``none``: the score difference itself (Phased DMD's equations), which weighs low noise more."""
+    normaliser: Literal["distance", "noisy_distance", "x0", "none"] = "distance"
+    """``distance``: the difference of clean predictions over the sample's mean ``|x - D_real|`` (DMD2).
+    ``noisy_distance``: over ``|x_t - D_real|`` (DP-DMD's code). ``x0``: that difference as it is (Decoupled DMD's
+    algorithm 1). ``none``: the difference of scores (Phased DMD's equations), which weighs low noise more."""
     normaliser_floor: NonNegative = FLOOR
     fake_weight_cap: Positive = CAP
     """Cap on ``1 / sigma_{t|s}^2`` in the fake score's loss (Phased DMD, eq. 13)."""

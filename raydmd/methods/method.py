@@ -71,7 +71,7 @@ class AnchorTerm:
         if sample.first is None:
             raise ValueError("the rollout has not kept its first step for the anchor")
         target = anchor_target(sample.noise, walked, self.level) if self.straight else walked
-        return Term(loss=anchor_loss(sample.first, target), at=sample.first, weight=self.weight)
+        return Term(loss=anchor_loss(sample.first, target), at=sample.first, weight=self.weight, reach=sample.reach)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,11 @@ def build_method(m: Settings, teacher: Routing, process: Process, prediction: Pr
     grid = tuple(step_grid(m.steps, m.shift))
     decoupled = m.decouple is not None and m.decouple.schedule != "coupled"
     constrained = m.decouple is not None and m.decouple.schedule == "constrained"
-    match = Window(teacher, m.shift, m.times, m.times_end or m.times, cleaner=constrained)
+    match = Window(teacher, m.times_shift or m.shift, m.times, m.times_end or m.times, cleaner=constrained)
     augment = None
     if m.decouple is not None and decoupled:
         start, end = m.decouple.augment_times, m.decouple.augment_times_end or m.decouple.augment_times
-        augment = Window(teacher, m.shift, start, end, cleaner=m.decouple.schedule != "full")
+        augment = Window(teacher, m.times_shift or m.shift, start, end, cleaner=m.decouple.schedule != "full")
     rollout = Rollout(
         process=process,
         grid=grid,

@@ -28,6 +28,7 @@ class Sample:
         exit_step: the grid step whose prediction made the sample.
         entered: the time at which that step began.
         noise: what the rollout started from, shape of ``x``.
+        reach: how far ``x`` moves with the clean prediction; 1 where ``s`` is clean.
         first: the first step's clean prediction with the student's gradient, where an anchor wants it.
     """
 
@@ -37,6 +38,7 @@ class Sample:
     exit_step: int
     entered: float
     noise: Tensor
+    reach: float = 1.0
     first: Tensor | None = None
 
 
@@ -110,8 +112,16 @@ class Rollout:
             if self.anchored and exit_step == 0:
                 first = x0
             x_s = self.process.step(x, x0, t, s)
-        entered = self.grid[exit_step]
-        return Sample(x=x_s, x0=x0.detach(), s=s, exit_step=exit_step, entered=entered, noise=noise, first=first)
+        return Sample(
+            x=x_s,
+            x0=x0.detach(),
+            s=s,
+            exit_step=exit_step,
+            entered=self.grid[exit_step],
+            noise=noise,
+            reach=float(self.process.step(torch.zeros_like(t[:1]), torch.ones_like(t[:1]), t[:1], s[:1])),
+            first=first,
+        )
 
     def _time(self, step: int, x: Tensor) -> Tensor:
         return torch.full((len(x),), self.grid[step], device=x.device)

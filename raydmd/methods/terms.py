@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydmd.objectives.decoupled import augmentation_direction, matching_direction, per_sample
 from raydmd.objectives.matching import distance, normalised_gradient, raw_gradient, raw_scale
-from raydmd.recipe_types import Ramp, value_at
+from raydmd.recipe_types import Ramp, ever_positive, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raydmd.methods.rollout import Sample
     from raydmd.process import Process
 
-Normaliser = Literal["distance", "noisy_distance", "none"]
+Normaliser = Literal["distance", "noisy_distance", "x0", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,8 @@ class Matching(ScoreTerm):
         d_fake = fake_x0(query)
         if self.normaliser == "none":
             return raw_gradient(self.process, query.x_t, answer.value, d_fake, sample.s, query.t)
+        if self.normaliser == "x0":
+            return d_fake - answer.value
         reference = sample.x0 if self.normaliser == "distance" else query.x_t
         return normalised_gradient(reference, answer.value, d_fake, floor=self.floor)
 
@@ -150,11 +152,11 @@ class Matching(ScoreTerm):
 class Decoupled(ScoreTerm):
     """Distribution matching and guidance augmentation apart: Decoupled DMD, AMD.
 
-    The paper adds the two differences of clean predictions as they are (algorithm 1) and names no normaliser, so a
-    distance here is one divisor for both, taken where matching renoises: it scales the paper's sum and turns it
-    nowhere. That is this project's reading. At one level (``coupled``) with weights of 1 the gradient is
-    :class:`Matching`'s. ``none`` weighs each half as the score difference at its own level, and is what was stable on
-    the zoo (docs/log.md, "Decoupled and the normaliser").
+    The paper's algorithm 1 adds the two differences of clean predictions as they are: ``x0``. A distance is this
+    project's reading: one divisor for both, taken where matching renoises, which scales that sum and turns it nowhere.
+    ``none`` weighs each half as the score difference at its own level (eq. 8), which favours the half that renoises
+    less: CA, where it must stay cleaner than the input. At one level (``coupled``) with weights of 1 the gradient is
+    :class:`Matching`'s. A half whose weight is never above zero is not asked for.
 
     Attributes:
         process: the noise process.
@@ -184,10 +186,12 @@ class Decoupled(ScoreTerm):
 
         if self.augment_window is None:
             return (ask(self.match_window, "match", self.guidance, split=True),)
-        return (
-            ask(self.match_window, "match", type(self.guidance)(1.0), split=False),
-            ask(self.augment_window, "augment", self.guidance, split=True),
-        )
+        asked = []
+        if ever_positive(self.match):
+            asked.append(ask(self.match_window, "match", type(self.guidance)(1.0), split=False))
+        if ever_positive(self.augment):
+            asked.append(ask(self.augment_window, "augment", self.guidance, split=True))
+        return tuple(asked)
 
     def gradient(
         self,
@@ -202,18 +206,27 @@ class Decoupled(ScoreTerm):
         match, augment = (torch.full_like(sample.s, value_at(w, progress)) for w in (self.match, self.augment))
         if weights is not None:
             match, augment = match * weights.match, augment * weights.augment
-        dm, ca = answers[0], answers[-1]
-        if ca.uncond is None:
-            raise ValueError("guidance augmentation needs the teacher's answer in its halves")
-        dm_direction = matching_direction(dm.value, fake_x0(queries[0]))
-        ca_direction = augmentation_direction(ca.value, ca.uncond, scale=self.guidance.scale)
+        gradient = torch.zeros_like(sample.x)
+        if ever_positive(self.match):
+            direction = matching_direction(answers[0].value, fake_x0(queries[0]))
+            gradient = gradient + per_sample(match * self._scale(sample, queries, answers, 0), direction)
+        if ever_positive(self.augment):
+            ca = answers[-1]
+            if ca.uncond is None:
+                raise ValueError("guidance augmentation needs the teacher's answer in its halves")
+            direction = augmentation_direction(ca.value, ca.uncond, scale=self.guidance.scale)
+            gradient = gradient + per_sample(augment * self._scale(sample, queries, answers, -1), direction)
+        return gradient
+
+    def _scale(self, sample: Sample, queries: Sequence[Query], answers: Sequence[Answer], half: int) -> Tensor:
+        """What a half's direction is multiplied with, ``(B,)``; 0 is the first query's, -1 the last one's."""
+        if self.normaliser == "x0":
+            return torch.ones_like(sample.s)
         if self.normaliser == "none":
-            dm_scale, ca_scale = (raw_scale(self.process, sample.s, queries[i].t) for i in (0, -1))
-        else:
-            reference = sample.x0 if self.normaliser == "distance" else queries[0].x_t
-            real = dm.value if dm.uncond is None else self.guidance.combine(dm.value, dm.uncond)
-            dm_scale = ca_scale = 1.0 / distance(reference, real, floor=self.floor)
-        return per_sample(match * dm_scale, dm_direction) + per_sample(augment * ca_scale, ca_direction)
+            return raw_scale(self.process, sample.s, queries[half].t)
+        reference, real = sample.x0 if self.normaliser == "distance" else queries[0].x_t, answers[0]
+        d_real = real.value if real.uncond is None else self.guidance.combine(real.value, real.uncond)
+        return 1.0 / distance(reference, d_real, floor=self.floor)
 
 
 def renoised(

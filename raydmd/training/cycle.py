@@ -76,6 +76,8 @@ class Actors:
         adversary: discriminator and real samples, where the method has a GAN.
         pairs: noise-image pairs, where the method regresses to them.
         distance: of samples to pairs.
+        reference: mean and standard deviation of the teacher's answers when the phase began, which saturation is
+            measured by once they are known; until then by the cycle's own.
     """
 
     method: Method
@@ -93,6 +95,7 @@ class Actors:
     adversary: Adversary | None = None
     pairs: PairStream | None = None
     distance: Distance | None = None
+    reference: tuple[float, float] | None = None
 
 
 def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
@@ -166,9 +169,9 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     metrics["student/x0_mean"] = float(sample.x0.mean())
     metrics["student/x0_std"] = float(sample.x0.std())
     said = torch.cat([answer.value for answer in answers])
-    mean, std = said.mean(), said.std()
+    metrics["teacher/x0_mean"], metrics["teacher/x0_std"] = float(said.mean()), float(said.std())
+    mean, std = a.reference or (metrics["teacher/x0_mean"], metrics["teacher/x0_std"])
     metrics["student/saturation"] = float(((sample.x0 - mean).abs() > SATURATED * std).float().mean())
-    metrics["teacher/x0_std"] = float(std)
     if rewards is not None:
         metrics["student/reward"] = float(rewards.mean())
     return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}

@@ -28,7 +28,7 @@ CLEAR = 0.8
 BAND = "fake/error_"
 """How the keys of the fake score's error by noise band begin."""
 
-SPREAD, REFERENCE = "student/x0_std", "teacher/x0_std"
+SPREAD, REFERENCE, CENTRE = "student/x0_std", "teacher/x0_std", "teacher/x0_mean"
 RAISED = "monitor/raised/"
 """Before the names of raised signals in a run's metrics."""
 
@@ -130,6 +130,15 @@ class Monitor:
         self.measures = Measures(fake_updates)
         self.pressures: dict[str, float] = {}
 
+    @property
+    def reference(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the teacher's answers in the phase's first rows, once there were enough.
+
+        Later answers follow the samples they are about, and would excuse a student that drifts.
+        """
+        start = self.memory.start
+        return (start[CENTRE], start[REFERENCE]) if start.keys() >= {CENTRE, REFERENCE} else None
+
     def begin(self) -> None:
         """Forget the last phase."""
         self.memory, self.pressures = Memory(), {}
@@ -139,7 +148,8 @@ class Monitor:
 
         Args:
             row: ``student/gradient``, ``student/x0_mean``, ``student/x0_std``, ``student/saturation``,
-                ``student/diversity``, ``teacher/x0_std`` and ``fake/error_*``, each where it was measured.
+                ``student/diversity``, ``teacher/x0_mean``, ``teacher/x0_std`` and ``fake/error_*``, each where it was
+                measured.
 
         Returns:
             What fired, if anything; its action is counted in :attr:`measures` already.
@@ -180,6 +190,8 @@ class Monitor:
             m.recent[key] = [*m.recent.get(key, []), value][-self._length(key) :]
         m.rows += 1
         if m.rows >= s.window and m.recent.keys() >= {SPREAD, REFERENCE}:
+            for key in {CENTRE, REFERENCE} & m.recent.keys():
+                m.start.setdefault(key, median(m.recent[key]))
             ratio = self._spread()
             m.best[NARROW] = min(m.best.get(NARROW, math.inf), ratio)
             m.best[WIDE] = max(m.best.get(WIDE, 0.0), ratio)
@@ -235,12 +247,9 @@ class Monitor:
     def _spread(self) -> float:
         """The student's spread in that of the teacher's answers when the phase began.
 
-        Later answers follow the samples they are about, and would excuse a student that drifts. Guidance widens them
-        and a student starts soft, so that only what is lost against its own best tells of trouble.
+        Guidance widens those and a student starts soft, so only what is lost against its own best tells of trouble.
         """
-        m = self.memory
-        reference = m.start.setdefault(REFERENCE, median(m.recent[REFERENCE]))
-        return max(median(m.recent[SPREAD]), TINY) / max(reference, TINY)
+        return max(median(self.memory.recent[SPREAD]), TINY) / max(self.memory.start[REFERENCE], TINY)
 
     def _fires(self, kind: str, pressure: float) -> bool:
         m, s = self.memory, self._settings

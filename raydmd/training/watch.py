@@ -28,6 +28,7 @@ KEYS = (
     "student/x0_std",
     "student/saturation",
     DIVERSITY,
+    "teacher/x0_mean",
     "teacher/x0_std",
     *ERRORS,
 )

@@ -148,7 +148,8 @@ class Worker:
             self._alarm = self._heed(self.watch.look(actors, metrics))
             if self._alarm is not None and self._alarm.action == "rollback":
                 return False
-            actors = replace(actors, fake_updates=self.watch.measures.fake_updates)
+            now = self.watch.monitor
+            actors = replace(actors, fake_updates=now.measures.fake_updates, reference=now.reference)
             for key, value in metrics.items():
                 seen.setdefault(key, []).append(value)
             stop = self._stopping()
@@ -321,6 +322,7 @@ class Worker:
             stream=self.stream,
             latent=self.family.shape().latent,
             fake_updates=self.watch.measures.fake_updates,
+            reference=self.watch.monitor.reference,
             progress=self.plan.progress,
             agree=self._agree,
             mean=self._mean,

@@ -95,7 +95,7 @@ def assert_same(a, b):
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("normaliser", ["distance", "noisy_distance", "none"])
+@pytest.mark.parametrize("normaliser", ["distance", "noisy_distance", "x0", "none"])
 @pytest.mark.parametrize("base", [{"name": "dmd2"}, {"name": "phased"}])
 def test_decoupled_at_one_level_is_the_guided_term(base, normaliser):
     guided = built(**base, normaliser=normaliser)
@@ -108,7 +108,7 @@ def test_decoupled_at_one_level_is_the_guided_term(base, normaliser):
             assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("normaliser", ["distance", "noisy_distance"])
+@pytest.mark.parametrize("normaliser", ["distance", "noisy_distance", "x0"])
 def test_apart_both_halves_have_one_divisor_and_keep_the_papers_proportion(normaliser):
     """Algorithm 1 adds differences of clean predictions as they are: ``DM + (w - 1) CA``."""
     method = built(name="decoupled", normaliser=normaliser, guidance=3.0)
@@ -121,14 +121,49 @@ def test_apart_both_halves_have_one_divisor_and_keep_the_papers_proportion(norma
     match = fake.x0(dm.x_t, dm.t, cond) - answers[0].value
     augment = 2.0 * (answers[1].uncond - answers[1].value)
     base = sample.x0 if normaliser == "distance" else dm.x_t
-    divisor = (base - answers[0].value).abs().flatten(1).mean(1).view(-1, 1, 1)
+    divisor = (base - answers[0].value).abs().flatten(1).mean(1).view(-1, 1, 1) if normaliser != "x0" else 1.0
     torch.testing.assert_close(got, (match + augment) / divisor)
+    # Each half alone asks for itself alone, and the two add up.
+    for kept, part in (("augment", match), ("match", augment)):
+        alone = built(name="decoupled", normaliser="x0", guidance=3.0, decouple={kept: 0.0})
+        (query,) = alone.queries(sample, phase, d, 0.0)
+        answer = reply(teacher, query, cond)
+        half = alone.score.gradient(sample, (query,), (answer,), lambda q: fake.x0(q.x_t, q.t, cond), None, 0.0)
+        torch.testing.assert_close(half, part)
 
 
-def test_amd_without_strength_is_decoupled_and_with_it_is_not():
+def test_a_phases_gradient_in_closed_form():
+    """At a level above clean, on the student's own prediction: the normalised difference times ``1 - s / t``."""
+    method = built(name="phased", normaliser="distance")
+    phase, student, teacher, fake = method.phases[0], experts(0), experts(5), experts(3)
+    cond, d = cond_of(torch.randn(4, 1, 2, generator=seeded(1))), draws()
+    predictions = []
+
+    class Watched(Experts):
+        def x0(self, x_t, t, cond):
+            out = super().x0(x_t, t, cond)
+            if out.requires_grad:
+                out.retain_grad()
+                predictions.append(out)
+            return out
+
+    watched = Watched(student.modules, WAN22, RectifiedFlow(), "flow")
+    sample = method.rollout(watched, cond, d, phase, LATENT, grad=True)
+    (query,) = method.queries(sample, phase, d, 0.0)
+    answer = reply(teacher, query, cond)
+    method.generator_loss(fake, sample, cond, [query], [answer], 0.0).backward()
+    s, t = phase.end, sample.entered
+    assert 0 < s < t
+    assert sample.reach == pytest.approx(1 - s / t)
+    divisor = (sample.x0 - answer.value).abs().flatten(1).mean(1).view(-1, 1, 1)
+    direction = (fake.x0(query.x_t, query.t, cond) - answer.value).detach() / divisor
+    torch.testing.assert_close(predictions[-1].grad, (1 - s / t) * direction / sample.x.numel())
+
+
+def test_amd_without_strength_is_dmd2_and_with_it_is_not():
     rewards = torch.tensor([0.1, 0.9, 0.4, 0.2])
     plain, weak, strong = (
-        built(name="decoupled"),
+        built(name="dmd2"),
         built(name="amd", adapt={"strength": 0.0, "fake_strength": 0.0}),
         built(name="amd", adapt={"strength": 1.0}),
     )
@@ -346,7 +381,10 @@ def test_presets_hold_the_papers_settings():
     assert Method(name="dp_dmd").anchor.weight == 0.05
     assert Method(name="dp_dmd", anchor={"steps": 3}).anchor.weight == 0.05
     assert Method(name="dp_dmd", anchor=None).anchor is None
-    assert Method(name="decoupled").decouple.schedule == "hybrid"
+    decoupled, amd = Method(name="decoupled"), Method(name="amd")
+    assert (decoupled.decouple.schedule, decoupled.normaliser) == ("hybrid", "x0")
+    assert (decoupled.times_shift, decoupled.fake_shift) == (1.0, 1.0)
+    assert (amd.decouple.schedule, amd.normaliser, amd.times_shift) == ("coupled", "distance", None)
     assert Method(name="dmd2").solver == "renoise"
     assert Method(name="phased").boundaries == (0.875,)
     dmd = Method(name="dmd")

@@ -268,7 +268,7 @@ def test_a_head_starts_from_its_seed_and_reads_blocks_of_any_length():
     torch.testing.assert_close(one(features), one(shuffled))
 
 
-@pytest.mark.parametrize("ratio", [0.25, 3.0])
+@pytest.mark.parametrize("ratio", [0.25, 3.0, 8.0])
 def test_a_balanced_term_has_the_asked_share_of_the_score_terms_gradient(ratio):
     x = torch.randn(4, *LATENT, generator=seeded(0), requires_grad=True)
     other = torch.randn(2, *LATENT, generator=seeded(3), requires_grad=True)
@@ -285,6 +285,15 @@ def test_a_balanced_term_has_the_asked_share_of_the_score_terms_gradient(ratio):
     (of_other,) = torch.autograd.grad(smaller.weighed(0.0, score, lambda v: v), other)
     rms = [float(g.square().mean().sqrt()) for g in (of_other * other.numel(), score)]
     assert rms[0] == pytest.approx(ratio * rms[1], rel=1e-5)
+    # Where the sample is not clean, the score reaches a prediction only so far.
+    (of_clean,) = torch.autograd.grad(
+        Term(loss=x.pow(3).mean(), at=x, weight=Balance(balance=ratio), reach=0.25).weighed(0.0, score, lambda v: v), x
+    )
+    torch.testing.assert_close(of_clean.norm(), 0.25 * ratio * of_score.norm())
+    # What has all but vanished is not blown up.
+    faint = Term(loss=1e-12 * x.pow(3).mean(), at=x, weight=Balance(balance=ratio))
+    (of_faint,) = torch.autograd.grad(faint.weighed(0.0, score, lambda v: v), x)
+    assert 0 < float(of_faint.norm()) < 1e-6
     nothing = Term(loss=0 * x.sum(), at=x, weight=Balance(balance=ratio))
     (of_nothing,) = torch.autograd.grad(total(base, [nothing], 0.0, score, lambda v: v), x)
     assert torch.equal(of_nothing, of_score)

@@ -33,6 +33,7 @@ def healthy(cycles: int, *, seed: int = 0) -> Iterator[Row]:
             "student/gradient": (0.2 + 0.3 * (c % 2)) * noise.lognormvariate(0, 0.4),
             "student/x0_mean": noise.gauss(0.01, 0.05),
             "student/x0_std": (0.6 + 0.3 * grown) * noise.uniform(0.85, 1.15),
+            "teacher/x0_mean": noise.gauss(0.02, 0.05),
             "teacher/x0_std": 0.85 * noise.uniform(0.9, 1.1),
             "student/saturation": 0.002 * noise.random(),
         }
@@ -132,6 +133,18 @@ def test_a_soft_student_that_grows_towards_its_teacher_is_well_and_one_that_fade
 def test_a_teacher_that_follows_its_samples_excuses_nothing():
     rows = [row | {"student/x0_std": s, "teacher/x0_std": s} for c, row in enumerate(healthy(300)) for s in (1.01**c,)]
     assert watch(iter(rows), only("spread"))
+
+
+def test_a_phases_first_answers_stay_the_measure_of_saturation():
+    watcher, seen = Watcher(DEFAULT, fake_updates=4), []
+    for c, row in enumerate(healthy(120)):
+        watcher.see(row | {"teacher/x0_mean": 0.1 + 0.01 * c, "teacher/x0_std": 1.01**c})
+        seen.append(watcher.reference)
+    assert seen[: DEFAULT.window - 1] == [None] * (DEFAULT.window - 1)
+    assert len(set(seen[DEFAULT.window - 1 :])) == 1
+    assert seen[-1] == (pytest.approx(0.195), pytest.approx(1.01**9.5, rel=1e-3))
+    watcher.begin()
+    assert watcher.reference is None
 
 
 def test_too_wide_is_told_from_too_narrow():
