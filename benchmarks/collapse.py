@@ -24,10 +24,16 @@ from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
 from raydmd.zoo.settings import TRAINING
 
-FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}, "normaliser": "distance"}
-"""CFG augmentation alone, as the preset normalises it: the faster way down."""
-RUINED = 0.8
-"""Share of the teacher's joint accuracy below which pictures count as ruined."""
+FORCED: dict[str, Any] = {"name": "decoupled", "decouple": {"match": 0.0}}
+"""CFG augmentation alone."""
+HEALTHY: dict[str, dict[str, Any]] = {
+    "decoupled": {"name": "decoupled"},
+    "phased": {"name": "phased"},
+    "dmd2, not normalised": {"name": "dmd2", "normaliser": "none"},
+}
+"""Methods that are well at the models' guidance; ``dmd2`` with its own normaliser is not (docs/log.md)."""
+RUINED, WELL = 0.8, 0.95
+"""Shares of the teacher's joint accuracy below which pictures count as ruined, and above which a run is well."""
 COLUMNS = ("frechet", "joint", "flow", "brightness", "saturation", "diversity")
 
 
@@ -35,7 +41,7 @@ def main() -> None:
     """Train, look, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wan22-tiny", choices=list(MODELS))
-    parser.add_argument("--cycles", type=int, default=120)
+    parser.add_argument("--cycles", type=int, default=200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=5e-4, help="the forced collapse's; the zoo's is 2e-4")
     parser.add_argument("--samples", type=int, default=96)
@@ -48,10 +54,9 @@ def main() -> None:
         "forced, stopped at the alarm": (FORCED, fast, {"action": "stop"}),
         "forced, rolled back": (FORCED, fast, {"action": "rollback"}),
         "CA alone, usual rate": (FORCED, {}, {"action": "warn"}),
-        "healthy, decoupled": ({"name": "decoupled"}, {}, {"action": "warn"}),
-        "healthy, dmd2": ({"name": "dmd2"}, {}, {"action": "warn"}),
-        "healthy, phased": ({"name": "phased", "boundaries": BOUNDARIES[args.model]}, {}, {"action": "warn"}),
+        **{f"healthy, {name}": (method, {}, {"action": "warn"}) for name, method in HEALTHY.items()},
     }
+    runs["healthy, phased"][0]["boundaries"] = BOUNDARIES[args.model]
     with tempfile.TemporaryDirectory(prefix="raydmd-collapse-") as scratch:
         base = derive(
             Recipe(name="run", output=Path(scratch)),
@@ -83,15 +88,17 @@ def main() -> None:
     for row in shown:
         print(line(row))
     by_title = {row["title"]: row for row in shown}
+    teacher, healthy = by_title["teacher"]["joint"], [row for row in shown if row["title"].startswith("healthy")]
     ruined, stopped, saved = (
         by_title[f"forced, {how}"] for how in ("unwatched", "stopped at the alarm", "rolled back")
     )
     checks = {
-        "the unwatched run is ruined": ruined["joint"] < RUINED * by_title["teacher"]["joint"],
+        "the unwatched run is ruined": ruined["joint"] < RUINED * teacher,
         "the monitor fires": bool(stopped["alarms"]),
-        "before the pictures are ruined": stopped["joint"] >= RUINED * by_title["teacher"]["joint"],
-        "the rolled back run is not ruined": saved["joint"] >= RUINED * by_title["teacher"]["joint"],
-        "healthy runs are silent": not any(row["alarms"] for t, row in by_title.items() if t.startswith("healthy")),
+        "before the pictures are ruined": stopped["joint"] >= RUINED * teacher,
+        "the rolled back run is not ruined": saved["joint"] >= RUINED * teacher,
+        "healthy runs are well": all(row["joint"] >= WELL * teacher for row in healthy),
+        "and silent": not any(row["alarms"] for row in healthy),
     }
     print("\n" + "\n".join(f"{'yes' if held else 'NO '}  {what}" for what, held in checks.items()))
     raise SystemExit(0 if all(checks.values()) else 1)
