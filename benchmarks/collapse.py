@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="wan22-tiny", choices=list(MODELS))
     parser.add_argument("--cycles", type=int, default=200)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=5e-4, help="the forced collapse's; the zoo's is 2e-4")
+    parser.add_argument("--rate", type=float, default=4e-4, help="the forced collapse's; the zoo's is 2e-4")
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "collapse.json")
