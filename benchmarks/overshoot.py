@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import HERE, code, keep
@@ -32,7 +33,9 @@ WIDE = 1.05
 """Standard deviation without a prompt, around 0."""
 BATCH, WIDTH = 64, 64
 SCHEDULES = ("coupled", "full", "constrained", "hybrid")
-NORMALISERS = ("none", "distance", "noisy_distance")
+NORMALISERS = ("x0", "none", "distance", "noisy_distance")
+TIMES = {"uniform": 1.0, "shifted": 5.0}
+"""Where the scores are taken, as a shift of uniform times."""
 SAMPLER_STEPS = 200
 REST = 0.3
 """Share of the updates, the last ones, whose mean is where the student rests."""
@@ -42,23 +45,22 @@ def main() -> None:
     """Let every combination come to rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=600)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 4.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
     parser.add_argument("--output", type=Path, default=HERE / "results" / "overshoot.json")
     args = parser.parse_args()
     print(f"prompt: mean {MEAN}, standard deviation {STD}\n")
-    print("| guidance | normaliser | " + " | ".join(SCHEDULES) + " |\n|---|---|" + "---|" * len(SCHEDULES))
+    print("| guidance | times | normaliser | " + " | ".join(SCHEDULES) + " |\n|---|---|---|" + "---|" * len(SCHEDULES))
     rows = []
     for scale in args.guidance:
         mean, std = sampled(scale)
         rows.append({"guidance": scale, "sampler": [mean, std]})
-        print(
-            f"| {scale:g} | the teacher's sampler | {mean:.2f} ± {std:.2f} |" + " |" * (len(SCHEDULES) - 1), flush=True
-        )
-        for normaliser in NORMALISERS:
-            found = {s: rest(scale, normaliser, s, args.updates) for s in SCHEDULES}
-            rows.append({"guidance": scale, "normaliser": normaliser, **found})
+        print(f"| {scale:g} | | the teacher's sampler | {mean:.2f} ± {std:.2f} | | | |", flush=True)
+        for (times, shift), normaliser in product(TIMES.items(), NORMALISERS):
+            common = {"guidance": scale, "normaliser": normaliser, "times_shift": shift}
+            found = {s: rest(common | {"decouple": {"schedule": s}}, args.updates) for s in SCHEDULES}
+            rows.append(common | found)
             cells = " | ".join(f"{m:.2f} ± {d:.2f}" for m, d in found.values())
-            print(f"| {scale:g} | {normaliser} | {cells} |", flush=True)
+            print(f"| {scale:g} | {times} | {normaliser} | {cells} |", flush=True)
             keep(args.output, {"settings": {"updates": args.updates, "code": code()}, "rows": rows})
 
 
@@ -80,10 +82,9 @@ def fake_score(query: Query, *, mean: float, std: float) -> Tensor:
     return predicted(query.x_t, query.t, mean, std)
 
 
-def rest(scale: float, normaliser: str, schedule: str, updates: int) -> tuple[float, float]:
+def rest(settings: dict[str, Any], updates: int) -> tuple[float, float]:
     """Mean and standard deviation at which the student comes to rest."""
-    settings = {"name": "decoupled", "guidance": scale, "normaliser": normaliser, "decouple": {"schedule": schedule}}
-    method = build_method(Settings(**settings), Routing(("one",)), RectifiedFlow(), "flow")
+    method = build_method(Settings(name="decoupled", **settings), Routing(("one",)), RectifiedFlow(), "flow")
     (phase,) = method.phases
     mean, std, seen = MEAN, STD, []
     size = 0.0
