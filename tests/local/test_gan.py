@@ -213,6 +213,8 @@ def test_two_ranks_train_what_one_does(two_experts, tmp_path, sharding, r1):
         assert torch.equal(ranks[0][key], ranks[1][key]), key
         if ".optimizer." not in key:
             torch.testing.assert_close(ranks[0][key], value, rtol=1e-3, atol=2e-4, msg=key)
+        elif key.endswith("exp_avg_sq"):  # Adam's steps do not tell a sum of gradients from their mean
+            torch.testing.assert_close(ranks[0][key].norm(), value.norm(), rtol=0.05, atol=1e-10, msg=key)
 
 
 def test_clips_are_encoded_once_with_their_captions(two_experts, tmp_path):
