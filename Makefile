@@ -27,12 +27,12 @@ demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its re
 
 test: $(READY) ## install, then run every test: all but chaos side by side, then chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto --dist loadgroup
-	$(BIN)/python -m pytest -m chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2 --dist loadgroup
 
-methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and more)
+methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and a half)
 	$(BIN)/python benchmarks/methods.py
 
-collapse: $(READY) ## force a collapse and see the monitor stop it and roll it back (a quarter of an hour)
+collapse: $(READY) ## force a collapse and see the monitor stop it and roll it back (twenty minutes)
 	$(BIN)/python benchmarks/collapse.py
 
 lint: $(READY) ## ruff, mypy --strict, docstrings
