@@ -289,7 +289,7 @@ def mixed_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
     found: set[str] = set()
     for name, field in section.model_fields.items():
         kinds = [k for k in members(field.annotation) if k is not type(None)]
-        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        inner = _sections(field.annotation)
         if inner and len(inner) < len(kinds):
             found.add(prefix + name)
         else:

@@ -35,7 +35,8 @@ class Monitor(Section):
     """Largest factor, either way, between the samples' standard deviation and that of the teacher's answers in the
     phase's first rows, over the nearest that the samples have been."""
     saturation: Annotated[float, Field(gt=0, lt=1)] | None = 0.05
-    """Largest rise in the share of latents beyond three of the teacher's standard deviations."""
+    """Largest rise in the share of latents beyond three standard deviations of the teacher's answers in the phase's
+    first rows."""
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.4
     """Smallest distance between samples of one prompt, over that at the phase's start."""
     every: Count = 20

@@ -13,7 +13,7 @@ import pytest
 
 from tests.pipelines import wan_pipeline
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.xdist_group("job")]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 PORT, DASHBOARD = 6391, 8391
 

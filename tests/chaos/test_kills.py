@@ -17,7 +17,7 @@ from raydmd.errors import BAD_INPUT, DONE, STOPPED
 from raydmd.training.events import read_lines
 from tests.pipelines import wan_pipeline
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.xdist_group("kills")]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 CYCLES = 24
 

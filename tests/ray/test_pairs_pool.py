@@ -14,7 +14,7 @@ from raydmd.training.make_pairs import make
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 PROMPTS = ["a red bag moving left fast", "something moving up", "something"]
 
 

@@ -20,7 +20,7 @@ from raydmd.serving.messages import ScoreRequest
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ from raydmd.serving.messages import RewardRequest
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import PoolClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
 
 
