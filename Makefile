@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
 	$(BIN)/python experiments/phased_wan22.py
 
-test: $(READY) ## install, then run every test: all but chaos two at a time: all but chaos, then chaos
+test: $(READY) ## install, then run every test, side by side: all but chaos, then chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2
 
