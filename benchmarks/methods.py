@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=float, default=2400.0, help="network evaluations, times the batch")
+    parser.add_argument("--evaluations", type=float, default=2000.0, help="network evaluations, times the batch")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--samples", type=int, default=256)
