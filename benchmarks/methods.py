@@ -269,7 +269,7 @@ class Counter:
 
 def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, folder: Path, pairs: Path) -> Recipe:
     """The recipe of a variant: the zoo's settings, another method."""
-    method = MODELS[model] | VARIANTS["dmd2" if variant == TEACHER else variant]
+    method = MODELS[model] | VARIANTS[DMD2 if variant == TEACHER else variant]
     if method["name"] == "phased":
         method["boundaries"] = BOUNDARIES[model]
     if method.get("regression"):
