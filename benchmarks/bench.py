@@ -113,6 +113,7 @@ class Bench:
         worker = Worker(job, self.asks, session, EventLog(folder / "events.jsonl"), rewards)
         end, checkpoint = worker.run(), max(folder.glob("cycle-*"))
         if not (checkpoint / STUDENT).is_dir():  # a stop's checkpoint is for resuming
+            worker.student.settle()  # the average, as of a finished run
             write_student(checkpoint / STUDENT, worker.student, rank=0)
         return end, checkpoint
 
@@ -153,12 +154,11 @@ class Bench:
 
 @cache
 def code() -> str:
-    """The state of what is measured: the imported package and these scripts."""
-    digest = hashlib.sha256()
-    for root in (Path(raydmd.__file__).parent, HERE):
-        for file in sorted(f for f in root.rglob("*") if f.is_file() and f.suffix in (".py", ".safetensors", ".json")):
-            if "results" not in file.relative_to(root).parts:
-                digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    """The state of what is measured: the imported package and this file."""
+    digest, root = hashlib.sha256(), Path(raydmd.__file__).parent
+    found = sorted(f for f in root.rglob("*") if f.is_file() and f.suffix in (".py", ".safetensors", ".json"))
+    for file in (*found, Path(__file__)):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:10]
 
 

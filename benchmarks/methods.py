@@ -34,7 +34,7 @@ from raydmd.zoo.settings import TRAINING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-PAIRED = "dmd, 1 step"
+PAIRED = "dmd, 1 step, L2 on latents"
 VARIANTS: dict[str, dict[str, Any]] = {
     PAIRED: {"name": "dmd", "regression": {"loss": "l2"}},
     "dmd without pairs, 1 step": {"name": "dmd", "regression": None},
@@ -47,21 +47,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decoupled, full": {"name": "decoupled", "decouple": {"schedule": "full"}},
     "decoupled, coupled": {"name": "decoupled", "decouple": {"schedule": "coupled"}},
     "decoupled (hybrid), by scores": {"name": "decoupled", "normaliser": "none"},
-    "CA alone": {"name": "decoupled", "decouple": {"match": 0.0}},
+    "CA alone": {"name": "decoupled", "decouple": {"match": 0.0}, "training": {"fake_updates": 0, "fake_warmup": 0}},
     "DM alone": {"name": "decoupled", "decouple": {"augment": 0.0}},
     "amd": {"name": "amd", "adapt": {"epsilon": 0.1}},
     "amd of strength 0": {"name": "amd", "adapt": {"epsilon": 0.1, "strength": 0.0, "fake_strength": 0.0}},
     "dp_dmd": {"name": "dp_dmd"},
-    "dp_dmd without anchor": {"name": "dp_dmd", "anchor": None},
+    "dp_dmd without anchor and detach": {"name": "dp_dmd", "anchor": None},
 }
 """The presets with their own settings, the ablations that the papers argue with, and controls. AMD's rewards are mean
-log-probabilities here: less than a tenth of a nat between samples that are right anyway should decide nothing."""
+log-probabilities here: less than a tenth of a nat between samples that are right anyway should decide nothing. CA alone
+asks no fake score and trains none, so that it gets three times the updates."""
 CONTROLS = {
-    "dmd2, as phased is normalised": ("wan22-tiny",),
     "dmd2, as dp_dmd is, half as long": ("sd35-tiny",),
     "decoupled (hybrid), by scores": ("sd35-tiny",),
     "amd of strength 0": ("sd35-tiny",),
-    "dp_dmd without anchor": ("sd35-tiny",),
 }
 """Models on which a control is run, where that is not all of them."""
 SHARES = {"dmd2, as dp_dmd is, half as long": 0.5}
@@ -82,35 +81,34 @@ COLUMNS = {
     "reward": ("held-out reward", "{:.2f}"),
     "low": ("low-reward share", "{:.3f}"),
 }
-DMD2 = "dmd2 (no GAN)"
+DMD2, UNNORMALISED, TEACHER = "dmd2 (no GAN)", "dmd2, as phased is normalised", "teacher"
+TRUE = "coverage_right"
 DIRECTIONS = (
-    ("DP-DMD is more diverse than DMD2", "dp_dmd", "coverage_right", "above", DMD2),
-    ("also for as many updates", "dp_dmd", "coverage_right", "above", "dmd2, as dp_dmd is, half as long"),
-    ("its anchor is why", "dp_dmd", "coverage_right", "above", "dp_dmd without anchor"),
-    ("Phased DMD is more diverse than DMD2", "phased", "coverage_right", "above", DMD2),
-    ("also where neither is normalised", "phased", "coverage_right", "above", "dmd2, as phased is normalised"),
+    ("DP-DMD is more diverse than DMD2", "dp_dmd", TRUE, "above", DMD2),
+    ("also for as many updates", "dp_dmd", TRUE, "above", "dmd2, as dp_dmd is, half as long"),
+    ("its anchor and detach are why", "dp_dmd", TRUE, "above", "dp_dmd without anchor and detach"),
+    ("Phased DMD is more diverse than DMD2", "phased", TRUE, "above", DMD2),
+    ("also where neither is normalised", "phased", TRUE, "above", UNNORMALISED),
     ("Phased DMD moves more than DMD2", "phased", "flow", "above", DMD2),
-    ("also where neither is normalised", "phased", "flow", "above", "dmd2, as phased is normalised"),
+    ("also where neither is normalised", "phased", "flow", "above", UNNORMALISED),
     ("hybrid is better than constrained", "decoupled (hybrid)", "frechet", "below", "decoupled, constrained"),
     ("hybrid is better than full", "decoupled (hybrid)", "frechet", "below", "decoupled, full"),
     ("hybrid is better than coupled", "decoupled (hybrid)", "frechet", "below", "decoupled, coupled"),
     ("constrained is better than full", "decoupled, constrained", "frechet", "below", "decoupled, full"),
     ("constrained is better than coupled", "decoupled, constrained", "frechet", "below", "decoupled, coupled"),
-    ("CA alone drifts", "CA alone", "saturation", "above", "DM alone"),
+    ("CA alone saturates", "CA alone", "saturation", "above", TEACHER),
     ("DM repairs CA", "decoupled, coupled", "frechet", "below", "CA alone"),
     ("AMD's held-out reward is above DMD2's", "amd", "reward", "above", DMD2),
     ("and above its own without weights", "amd", "reward", "above", "amd of strength 0"),
     ("AMD has fewer low-reward samples", "amd", "low", "below", DMD2),
-    ("DMD's regression keeps modes", PAIRED, "coverage_right", "above", "dmd without pairs, 1 step"),
+    ("DMD's regression keeps modes", PAIRED, TRUE, "above", "dmd without pairs, 1 step"),
 )
 """What the papers say, as a figure of one variant against another's, and the same against closer controls."""
-CLEAR = 0.05
-"""Probability of so large a difference between equal means, by a paired test over seeds and Holm's correction, below
-which it counts."""
+SURE = 0.95
+"""Of the interval of a mean difference that a direction is told by."""
 TINY = 1e-9
 SEEDS_APART = 100
 """A run draws from its seed and the next few."""
-TEACHER = "teacher"
 COSTS, COST = " costs", "cost.json"
 PROBE = 12
 """Cycles over which a variant's network evaluations are counted before it trains."""
@@ -270,6 +268,7 @@ class Counter:
 def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, folder: Path, pairs: Path) -> Recipe:
     """The recipe of a variant: the zoo's settings, another method."""
     method = MODELS[model] | VARIANTS[DMD2 if variant == TEACHER else variant]
+    training = TRAINING | {"batch": args.batch} | method.pop("training", {})
     if method["name"] == "phased":
         method["boundaries"] = BOUNDARIES[model]
     if method.get("regression"):
@@ -279,7 +278,7 @@ def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, fol
         {
             "seed": SEEDS_APART * seed,
             "model.path": model,
-            "training": TRAINING | {"batch": args.batch},
+            "training": training,
             "method": method,
             "evaluation": {"samples": args.samples, "seed": 1_000_000 + 10 * seed},
         },
@@ -287,37 +286,62 @@ def recipe_of(args: argparse.Namespace, model: str, variant: str, seed: int, fol
 
 
 def directions(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The papers' directions beside what was measured, as Markdown; Holm's correction over all of them."""
+    """The papers' directions beside what was measured, as Markdown."""
     rows = []
     for says, one_name, key, way, other_name in DIRECTIONS:
-        found = [[float(r[key]) for r in shown.get(n, []) if r.get(key) is not None] for n in (one_name, other_name)]
-        if found[0] and len(found[0]) == len(found[1]):
-            so = [(a > b) == (way == "above") and a != b for a, b in zip(*found, strict=True)]
-            figures = " against ".join(COLUMNS[key][1].format(mean(v)) for v in found)
-            means = (mean(found[0]) > mean(found[1])) == (way == "above")
-            rows.append((says, f"{COLUMNS[key][0]} {figures}", so, means, by_chance(*found)))
-    told, left = set[int](), len(rows)
-    for i in sorted(range(len(rows)), key=lambda i: rows[i][-1]):
-        if rows[i][-1] * left >= CLEAR:
-            break
-        told.add(i)
-        left -= 1
-    lines = ["| the papers say | measured | so in | |", "|---|---|---|---|"]
-    for i, (says, figures, so, means, p) in enumerate(rows):
-        verdict = ("yes" if means else "the contrary") if i in told else "not told apart"
-        lines.append(f"| {says} | {figures} | {sum(so)} of {len(so)} seeds | {verdict} (p = {p:.2g}) |")
+        pairs = [  # rows of a seed, since both share its prompts, its noise and its teacher's clips
+            (one, other)
+            for one, other in zip(shown.get(one_name, []), shown.get(other_name, []), strict=False)
+            if one.get(key) is not None and other.get(key) is not None
+        ]
+        if not pairs:
+            continue
+        found = [[float(row[key]) for row in column] for column in zip(*pairs, strict=True)]
+        low, high = interval(*found)
+        clear = low > 0 or high < 0
+        so = (mean(found[0]) > mean(found[1])) == (way == "above")
+        verdict = ("yes" if so else "the contrary") if clear else "not told apart"
+        if clear and so and key == TRUE:
+            # An untrained student is the most diverse of all, since it has learnt no guidance yet.
+            worse = mean(float(one["frechet"]) - float(other["frechet"]) for one, other in pairs) > 0
+            verdict += ", at a worse Fréchet" if worse else ""
+        form = COLUMNS[key][1]
+        by = f"{form.format(low)} to {form.format(high)}" if math.isfinite(low) else "unknown"
+        figures = " against ".join(form.format(mean(v)) for v in found)
+        rows.append((says, f"{COLUMNS[key][0]} {figures}", by, by_chance(*found), verdict))
+    surely = holm([row[3] for row in rows])
+    lines = ["| the papers say | measured | difference | |", "|---|---|---|---|"]
+    for (says, figures, by, _, verdict), sure in zip(rows, surely, strict=True):
+        lines.append(f"| {says} | {figures} | {by} | {verdict}{' *' if sure else ''} |")
     return lines
 
 
-def by_chance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Probability of such differences between equal means, by a t-test of pairs; 1 where nothing can be said.
+def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Where the mean of ``a - b`` lies with a probability of :data:`SURE`, by a t-test of pairs.
 
-    Pairs, since all variants of a seed share its prompts, its noise and its teacher's clips.
+    Everywhere where nothing can be said: figures are quantised, and may differ by the same in all of a few seeds.
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2 or stdev(differences) < TINY:  # quantised figures may differ by the same in all seeds
-        return 1.0
-    return float(ttest_rel(a, b).pvalue)
+    if len(differences) < 2 or stdev(differences) < TINY:
+        return -math.inf, math.inf
+    found = ttest_rel(a, b).confidence_interval(SURE)
+    return float(found.low), float(found.high)
+
+
+def by_chance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Probability of such differences between equal means, by the same test; 1 where nothing can be said."""
+    return 1.0 if interval(a, b)[1] == math.inf else float(ttest_rel(a, b).pvalue)
+
+
+def holm(probabilities: Sequence[float]) -> list[bool]:
+    """Which stay below ``1 - SURE`` when corrected for their number."""
+    told, left = set[int](), len(probabilities)
+    for i in sorted(range(left), key=probabilities.__getitem__):
+        if probabilities[i] * left >= 1 - SURE:
+            break
+        told.add(i)
+        left -= 1
+    return [i in told for i in range(len(probabilities))]
 
 
 def write(args: argparse.Namespace) -> None:
@@ -348,8 +372,9 @@ def write(args: argparse.Namespace) -> None:
     hidden = ("only", "processes", "output")
     settings = {k: v for k, v in vars(args).items() if k not in hidden} | {"code": code()}
     lines.append(
-        f"{args.seeds} seeds, mean ± standard deviation. Two means count as different where a t-test of pairs by seed "
-        f"gives p < {CLEAR:g} with Holm's correction over a model's rows. `dmd`'s pairs come on top. "
+        f"{args.seeds} seeds, mean ± standard deviation. Differences are intervals of {SURE:.0%} of a t-test of pairs by "
+        "seed; two variants are told apart where theirs leaves out 0, and a star says that this holds with Holm's "
+        "correction over a model's rows too. `dmd`'s pairs come on top of its evaluations. "
         f"{json.dumps(settings)}"
     )
     (args.output / "methods.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

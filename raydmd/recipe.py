@@ -20,7 +20,7 @@ from raydmd import recipe_io as io
 from raydmd.errors import InputError
 from raydmd.recipe_method import PRESETS, Method
 from raydmd.recipe_monitor import Monitor
-from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word
+from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word, ever_positive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -183,6 +183,17 @@ def _gan_can_train(gan: Gan | None, training: Training) -> None:
         )
 
 
+def _fake_is_asked(method: Method, training: Training) -> None:
+    if method.gan or method.decouple is None or ever_positive(method.decouple.match):
+        return
+    for key in ("fake_updates", "fake_warmup"):
+        if getattr(training, key):
+            raise ValueError(
+                f"training.{key}={getattr(training, key)} does nothing with method.decouple.match=0, which never asks "
+                f"the fake score; set training.{key}=0"
+            )
+
+
 def _monitor_can_act(m: Monitor, training: Training, phases: int) -> None:
     if m.action == "warn":
         return
@@ -245,6 +256,7 @@ class Recipe(Section):
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
         _gan_can_train(self.method.gan, self.training)
+        _fake_is_asked(self.method, self.training)
         _monitor_can_act(self.monitor, self.training, phases)
         _rewards_are_asked(self.method, self.placement)
         return self

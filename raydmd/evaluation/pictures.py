@@ -149,7 +149,7 @@ def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str
     kept = [(x, y) for x, y in points if math.isfinite(y)]
     if len(kept) < 2:
         return None
-    width, height, left, right, top, bottom = 340, 150, 52, 10, 10, 22
+    width, height, left, right, top, bottom = 350, 150, 62, 10, 10, 22
     xs, ys = [x for x, _ in kept], [y for _, y in kept]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     wide, tall = (x1 - x0) or 1, (y1 - y0) or 1.0

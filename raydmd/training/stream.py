@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 from raydmd.draws import Draws, shuffled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     import torch
 
     from raydmd.models.base import Conditions
+
+
+APART = 1 << 40
+"""Positions between those of updates that only some runs have: more than any run comes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,16 @@ class Batch:
 class Stream:
     """Every update of a run has a fixed place in one endless stream of samples.
 
-    A cycle takes ``slots`` times the batch: one slot for the student, one per fake update. Positions
-    depend on cycle, slot and batch alone, so any world size sees the same samples.
+    A cycle takes ``regular`` times the batch: one slot for the student, one per fake update. Positions depend on
+    cycle, slot and batch alone, so any world size sees the same samples; fake updates that a monitor adds have places
+    of their own, so that they move nobody else's.
 
     Args:
         conditions: the table; row 0 is the negative prompt and is never drawn.
         seed: of the run.
         batch: samples per update, over all ranks.
-        slots: name of each update of a cycle, to its place.
+        slots: names of the updates of a cycle, in their order.
+        regular: how many of them every cycle has; default: all.
         rank: this process.
         world: how many there are; divides ``batch``.
         group: samples in a row that share a prompt.
@@ -53,7 +59,8 @@ class Stream:
         *,
         seed: int,
         batch: int,
-        slots: Mapping[str, int],
+        slots: Sequence[str],
+        regular: int | None = None,
         rank: int,
         world: int,
         group: int = 1,
@@ -62,14 +69,19 @@ class Stream:
         self._conditions = conditions
         self._seed = seed
         self._batch, self._group = batch, group
-        self._slots = dict(slots)
+        self._slots = {name: place for place, name in enumerate(slots)}
+        self._regular = len(slots) if regular is None else regular
         self._share = range(rank * (batch // world), (rank + 1) * (batch // world))
         self._device = device
         self._order: tuple[int, list[int]] = (-1, [])
 
     def batch(self, cycle: int, slot: str) -> Batch:
         """This rank's samples of one update."""
-        start = (cycle * len(self._slots) + self._slots[slot]) * self._batch
+        place = self._slots[slot]
+        if place < self._regular:
+            start = (cycle * self._regular + place) * self._batch
+        else:
+            start = (place - self._regular + 1) * APART + cycle * self._batch
         positions = tuple(start + i for i in self._share)
         rows = tuple(self._prompt(p) for p in positions)
         draws = Draws(self._seed, f"{cycle}/{slot}", positions, self._device)

@@ -92,6 +92,12 @@ class Worker:
         self.plan = CyclePlan.of(training, len(self.method.phases))
         self._conditions, self._real, self._pairing = job.conditions, job.real, job.pairing
         self._pairs: PairStream | None = None
+        for part, wanted, given in (
+            ("adapt", self.recipe.method.adapt, rewards),
+            ("regression", self.recipe.method.regression, job.pairing),
+        ):
+            if wanted and given is None:
+                raise RunFailed(f"method.{part} is on, but the worker was given nothing for it")
         self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0
         self._written = False
@@ -243,15 +249,16 @@ class Worker:
                 self._conditions,
                 seed=self.recipe.seed + salt + (now.attempt << 32),
                 batch=training.batch,
-                slots={name: i for i, name in enumerate(slots)},
+                slots=slots,
+                regular=regular,
                 rank=self.session.rank,
                 world=self.session.world,
                 group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
                 device=self.session.device,
             )
-            for salt, slots in (
-                (0, updates),
-                (1, [f"warmup.{k}" for k in range(training.fake_warmup)]),
+            for salt, slots, regular in (
+                (0, updates, 1 + training.fake_updates),
+                (1, [f"warmup.{k}" for k in range(training.fake_warmup)], None),
             )
         )
         self._pairs = self._pairing.stream(self.recipe, self.session, now.attempt) if self._pairing else None

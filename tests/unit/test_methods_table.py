@@ -20,10 +20,13 @@ def methods(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def rows(methods, **values: tuple[float, ...]) -> dict[str, list[dict[str, float]]]:
-    """Every figure of a variant is its values, one per seed."""
+def rows(methods, better: bool = True, **values: tuple[float, ...]) -> dict[str, list[dict[str, float]]]:
+    """Every figure of a variant is its values, one per seed; its distance falls or rises with them."""
     names = {"dmd2": methods.DMD2, "phased": "phased", "dp_dmd": "dp_dmd"}
-    return {names[name]: [dict.fromkeys(methods.COLUMNS, v) for v in seen] for name, seen in values.items()}
+    return {
+        names[name]: [dict.fromkeys(methods.COLUMNS, v) | {"frechet": -v if better else v} for v in seen]
+        for name, seen in values.items()
+    }
 
 
 def test_a_tie_is_no_finding(methods):
@@ -41,24 +44,47 @@ def test_seeds_are_compared_with_themselves(methods):
 
 
 def test_directions_are_told_with_their_sign(methods):
-    shown = rows(methods, dmd2=(0.50, 0.51, 0.52), phased=(0.80, 0.811, 0.819))
-    lines = [line for line in methods.directions(shown) if "Phased DMD" in line]
+    up, down = (0.80, 0.811, 0.819), (0.50, 0.51, 0.52)
+    lines = [x for x in methods.directions(rows(methods, dmd2=down, phased=up)) if "Phased DMD" in x]
     assert len(lines) == 2  # diversity and motion
-    assert all("| 3 of 3 seeds | yes (p = " in line for line in lines)
-    lines = methods.directions(rows(methods, dmd2=(0.80, 0.811, 0.819), phased=(0.50, 0.51, 0.52)))
-    assert sum("| 0 of 3 seeds | the contrary (p = " in line for line in lines) == 2
+    assert all("0.3" in line and line.endswith("| yes * |") for line in lines)
+    lines = methods.directions(rows(methods, dmd2=up, phased=down))
+    assert sum(line.endswith("| the contrary * |") for line in lines) == 2
     lines = methods.directions(rows(methods, dmd2=(0.5, 0.6, 0.7), phased=(0.7, 0.65, 0.6)))
-    assert sum("| 2 of 3 seeds | not told apart (p = " in line for line in lines) == 2
+    assert sum(line.endswith("| not told apart |") for line in lines) == 2
 
 
-def test_directions_are_corrected_for_their_number(methods):
+def test_diversity_at_a_worse_distance_is_said_to_be(methods):
+    """What has learnt no guidance yet is the most diverse."""
+    up, down = (0.80, 0.811, 0.819), (0.50, 0.51, 0.52)
+    diverse, moving = methods.directions(rows(methods, better=False, dmd2=down, phased=up))[2:]
+    assert diverse.endswith("| yes, at a worse Fréchet * |")
+    assert moving.endswith("| yes * |")
+
+
+def test_a_star_is_for_what_holds_when_corrected(methods):
     """A p of 0.03 tells one direction, but not the two that Phased DMD has here."""
     two = {"dmd2": (0.50, 0.50, 0.50), "phased": (0.60, 0.55, 0.58)}
     assert 0.025 < methods.by_chance(two["phased"], two["dmd2"]) < 0.05
     lines = methods.directions(rows(methods, **two))
-    assert [("not told apart" in line) for line in lines[2:]] == [True, True]
+    assert [line.endswith("| yes |") for line in lines[2:]] == [True, True]
     lines = methods.directions(rows(methods, dmd2=two["dmd2"], dp_dmd=two["phased"]))
-    assert ["| yes (p" in line for line in lines[2:]] == [True]
+    assert [line.endswith("| yes * |") for line in lines[2:]] == [True]
+    assert methods.holm([0.001, 0.04, 0.02]) == [True, True, True]
+    assert methods.holm([0.001, 0.04, 0.03]) == [True, False, False]
+
+
+def test_the_interval_is_the_tests(methods):
+    """Of differences 0.1, 0.05, 0.08: mean 0.0767, standard error 0.01453, t of two degrees 4.3027."""
+    low, high = methods.interval((0.60, 0.55, 0.58), (0.50, 0.50, 0.50))
+    assert (low, high) == pytest.approx((0.0142, 0.1392), abs=2e-4)
+
+
+def test_a_seed_without_a_figure_drops_out_of_both(methods):
+    shown = rows(methods, dmd2=(0.5, 0.1, 0.5), phased=(0.9, 0.6, 0.7))
+    shown["phased"][1] = {k: None for k in shown["phased"][1]}
+    line = next(x for x in methods.directions(shown) if "Phased DMD is" in x)
+    assert "0.800 against 0.500" in line
 
 
 def test_evaluations_are_counted_by_sample_and_gradient(methods):
@@ -84,7 +110,7 @@ def test_controls_name_variants_and_models(methods):
 
 
 def test_every_direction_names_variants_that_train(methods):
-    known = {*methods.VARIANTS, "reference"}
+    known = {*methods.VARIANTS, methods.TEACHER}
     assert {name for _, one, _, _, other in methods.DIRECTIONS for name in (one, other)} <= known
     assert {key for _, _, key, _, _ in methods.DIRECTIONS} <= set(methods.COLUMNS)
 
