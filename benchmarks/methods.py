@@ -372,8 +372,8 @@ def write(args: argparse.Namespace) -> None:
     hidden = ("only", "processes", "output")
     settings = {k: v for k, v in vars(args).items() if k not in hidden} | {"code": code()}
     lines.append(
-        f"{args.seeds} seeds, mean ± standard deviation. Differences are intervals of {SURE:.0%} of a t-test of pairs by "
-        "seed; two variants are told apart where theirs leaves out 0, and a star says that this holds with Holm's "
+        f"{args.seeds} seeds, mean ± standard deviation. Differences are intervals of {SURE:.0%} of a t-test of pairs "
+        "by seed; two variants are told apart where theirs leaves out 0, and a star says that this holds with Holm's "
         "correction over a model's rows too. `dmd`'s pairs come on top of its evaluations. "
         f"{json.dumps(settings)}"
     )

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydmd import recipe_io as io
 from raydmd.errors import InputError
+from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import PRESETS, Method
 from raydmd.recipe_monitor import Monitor
 from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word, ever_positive
@@ -151,22 +152,6 @@ class Tracking(Section):
     uri: Word | None = None
     """A tracking server; default: a SQLite file under ``output``."""
     experiment: Word = "raydmd"
-
-
-class Evaluation(Section):
-    """What is measured after training."""
-
-    samples: Count = 256
-    """Clips per method. Without a judge there are pictures, motion and timings only."""
-    teacher_steps: Count = 40
-    guidance: NonNegative | None = None
-    """Of the teacher's clips that a student is compared with; default: ``method.guidance``."""
-    grid: Count = 8
-    """Rows of the contact sheet."""
-    batch: Count = 64
-    seed: int = 1_000_000
-    timeout: Positive = 6 * 3600.0
-    """Seconds that export and evaluation may take."""
 
 
 def _gan_can_train(gan: Gan | None, training: Training) -> None:

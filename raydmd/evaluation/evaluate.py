@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.box import ASCII2, SIMPLE_HEAD
 from rich.console import Console
@@ -15,18 +15,16 @@ from raydmd.evaluation.distances import frechet
 from raydmd.evaluation.diversity import pairwise_diversity
 from raydmd.evaluation.metrics import accuracy_by_stated, attribute_accuracy, brightness, coverage, saturation
 from raydmd.evaluation.motion import dynamic_degree, optical_flow
-from raydmd.zoo.judge import LANGUAGES
+from raydmd.evaluation.table import COLUMNS, Column
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from raydmd.evaluation.instruments import Instruments
     from raydmd.evaluation.samples import Samples
     from raydmd.zoo.judge import Judge
-
-ATTRIBUTES = tuple(dict.fromkeys(name for language in LANGUAGES for name in language.attributes))
-"""Of all the zoo's worlds."""
 
 Value = str | int | float | None
 Row = dict[str, Value]
@@ -40,50 +38,6 @@ DYNAMIC_SHARE = 0.011
 of what the zoo calls slow."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of the table.
-
-    Attributes:
-        key: in a row.
-        label: in the head.
-        better: which way is better; ``teacher`` means nearest to the reference, ``None`` neither.
-        digits: after the point.
-        help: what it is, for the report.
-        brief: whether a terminal's narrow table has it.
-    """
-
-    key: str
-    label: str
-    better: Literal["low", "high", "teacher"] | None
-    digits: int
-    help: str
-    brief: bool = True
-
-
-COLUMNS = (
-    Column("evaluations", "evals", None, 0, "network evaluations per clip; guidance counts double"),
-    Column("seconds", "s/clip", None, 3, "wall time per clip in seconds, on the machine below"),
-    Column("frechet", "Fréchet", "low", 2, "distance to the teacher's clips in a judge's features"),
-    Column("joint", "joint", "high", 3, "share of clips with all stated attributes right"),
-    *(Column(f"accuracy_{name}", name, "high", 3, f"share with the stated {name} right", False) for name in ATTRIBUTES),
-    *(
-        Column(f"joint_{count}", f"joint of {count}", "high", 3, f"share right where the prompt states {count}", False)
-        for count in range(1, max(len(language.attributes) for language in LANGUAGES) + 1)
-    ),
-    Column("flow", "flow", "teacher", 2, "mean optical flow of the foreground, pixels per frame"),
-    Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
-    Column("dynamic_degree", "dynamic", "teacher", 3, "share of clips that move at all", False),
-    Column("diversity", "diversity", "teacher", 3, "1 - mean cosine of a prompt's features", False),
-    Column("coverage_entropy", "entropy", "high", 3, "evenness of what a prompt leaves open"),
-    Column("coverage_distance", "TV", "low", 3, "the same as total variation to the truth", False),
-    Column("missing_modes", "missing", "low", 3, "share of open values that a prompt never shows"),
-    Column("pooled_entropy", "pooled entropy", "high", 3, "evenness over all prompts", False),
-    Column("pooled_distance", "pooled TV", "low", 3, "total variation over all prompts", False),
-    Column("pooled_missing", "pooled missing", "low", 3, "values missing over all prompts", False),
-    Column("brightness", "brightness", "teacher", 3, "mean pixel value", False),
-    Column("saturation", "saturation", "teacher", 3, "mean chroma, largest minus smallest channel"),
-)
 GAPS = ("frechet", "joint", "flow", "coverage_entropy", "saturation")
 """Figures for which the closed share of the gap is reported."""
 LEAST_GAP = 0.05
@@ -97,10 +51,12 @@ class Evaluation:
     Attributes:
         rows: the reference first, then its repeat with other seeds if any, then the others.
         floor: name of the repeat's row.
+        columns: of the table, as far as any row has a figure.
     """
 
     rows: list[Row]
     floor: str | None = None
+    columns: tuple[Column, ...] = COLUMNS
 
     def row(self, name: str) -> Row:
         """The row of one sampler.
@@ -169,7 +125,7 @@ class Evaluation:
     def best(self) -> dict[str, set[str]]:
         """Per column the names of the rows that are best in it, teachers aside."""
         rows, found = self.rows[self._teachers() :], {}
-        for column in COLUMNS:
+        for column in self.columns:
             goal = _number(self.rows[0][column.key], 0.0)
             ranks = {
                 str(row["name"]): _rank(column, value, goal)
@@ -220,13 +176,19 @@ class Evaluation:
 
     def shown(self) -> list[Column]:
         """The columns in which any row has a figure."""
-        return [c for c in COLUMNS if any(row[c.key] is not None for row in self.rows)]
+        return [c for c in self.columns if any(row[c.key] is not None for row in self.rows)]
 
     def _teachers(self) -> int:
         return 2 if self.floor else 1
 
 
-def evaluate(reference: Samples, floor: Samples | None, others: Sequence[Samples], judge: Judge | None) -> Evaluation:
+def evaluate(
+    reference: Samples,
+    floor: Samples | None,
+    others: Sequence[Samples],
+    judge: Judge | None,
+    instruments: Instruments | None = None,
+) -> Evaluation:
     """Measure samplers against a teacher.
 
     Args:
@@ -234,6 +196,7 @@ def evaluate(reference: Samples, floor: Samples | None, others: Sequence[Samples
         floor: the same with other seeds: the Frechet distance that no student can be blamed for.
         others: undistilled rows (names start with ``undistilled``) and students.
         judge: knows the zoo's world; without one there are motion, colour and timings only.
+        instruments: what else measures.
 
     Returns:
         One row each, in the order given.
@@ -247,10 +210,15 @@ def evaluate(reference: Samples, floor: Samples | None, others: Sequence[Samples
         raise InputError(f"samples must differ in name, given {', '.join(names)}")
     features = judge.features(reference.clips) if judge else None
     rows = [_row(samples, judge, features) for samples in given]
+    columns = COLUMNS
+    if instruments is not None:
+        columns = (*COLUMNS, *instruments.columns())
+        for row, samples in zip(rows, given, strict=True):
+            row |= instruments.measure(samples)
     for row in rows:
         flow, goal = _number(row["flow"], 0.0), _number(rows[0]["flow"], 0.0)
         row["flow_ratio"] = flow / goal if row["flow"] is not None and goal else None
-    return Evaluation(rows=rows, floor=floor.name if floor else None)
+    return Evaluation(rows=rows, floor=floor.name if floor else None, columns=columns)
 
 
 def gap_closed(

@@ -1,7 +1,7 @@
 """From clips to what an image encoder reads, in torch and where the clip is.
 
 The result is that of transformers' image processors for PIL, which saved pictures go through when a
-paper's table is made: 8 bits, and PIL's bicubic filter along rows, then columns. Measured against them
+paper's table is made: 8 bits, and PIL's filter along rows, then columns. Measured against them
 (transformers 5.23, Pillow 13.0) where the aspect ratio is kept: one of 255 levels apart in 0.2 % of
 the values of white noise, the others equal. Where a resize changes the aspect ratio, Pillow 13 sometimes
 filters columns first; what is smooth then differs by one level, white noise by up to 14.
@@ -21,12 +21,12 @@ from raydmd.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BICUBIC = 3
-"""PIL's number of the filter."""
+FILTERS = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of resampling filters, to torch's names."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
+_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,14 @@ class Preprocess:
         crop: (height, width) cut from the middle, or ``None``.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
+        filter: of the resize.
     """
 
     size: int | tuple[int, int]
     crop: tuple[int, int] | None = None
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    filter: str = FILTERS[3]
 
     def __post_init__(self) -> None:
         """Refuse a crop that would reach over the edge."""
@@ -56,7 +58,7 @@ class Preprocess:
         """Read the image processor's settings of a folder or hub id; the processor itself isn't needed.
 
         Raises:
-            InputError: if there are none, or they ask for more than resize (bicubic), crop and normalise.
+            InputError: if there are none, or they ask for more than resize (bicubic or bilinear), crop and normalise.
         """
         try:
             settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(path)[0]
@@ -64,6 +66,8 @@ class Preprocess:
             raise InputError(f"no image processor's settings can be read from {path!r}: {error}") from None
         # Old files leave out what is true.
         odd = {k: settings[k] for k, v in _FIXED.items() if settings.get(k, v) != v}
+        if settings.get("resample", 3) not in FILTERS:
+            odd["resample"] = settings["resample"]
         missing = [k for k in ("size", "image_mean", "image_std") if k not in settings]
         if odd or missing:
             raise InputError(f"image processor of {path!r}: not supported {odd}, missing {missing}")
@@ -74,6 +78,7 @@ class Preprocess:
             crop=None if crop is None else _pair(crop, path),
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
+            filter=FILTERS[settings.get("resample", 3)],
         )
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -88,8 +93,8 @@ class Preprocess:
         height, width = self._resized(pixels.shape[2], pixels.shape[3])
         levels = _levels(pixels.float() * 255)
         # PIL rounds to 8 bits between the passes too: overshoot is cut twice, and both cuts show.
-        levels = _levels(F.interpolate(levels, (pixels.shape[2], width), mode="bicubic", antialias=True))
-        levels = _levels(F.interpolate(levels, (height, width), mode="bicubic", antialias=True))
+        levels = _levels(F.interpolate(levels, (pixels.shape[2], width), mode=self.filter, antialias=True))
+        levels = _levels(F.interpolate(levels, (height, width), mode=self.filter, antialias=True))
         if self.crop is not None:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             levels = levels[..., top : top + self.crop[0], left : left + self.crop[1]]

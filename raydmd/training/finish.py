@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raydmd.draws import Draws
 from raydmd.evaluation.evaluate import Evaluation, evaluate
+from raydmd.evaluation.instruments import load_instruments
 from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
@@ -96,7 +97,7 @@ def measure(
     if judge is not None:
         texts = evaluation_prompts(e.samples, seed=e.seed, language=judge.language)
     else:
-        texts = [prompts[i % len(prompts)] for i in range(e.samples or e.grid)]
+        texts = [prompts[i // e.per_prompt % len(prompts)] for i in range(e.samples)]
     unique = list(dict.fromkeys(texts))
     conditions = load_conditions(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
     rows = [1 + unique.index(t) for t in texts]
@@ -114,15 +115,17 @@ def measure(
         Sampler("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", teacher, half, guided),
         Sampler("student", f"student, {m.steps} steps", student, few, plain, renoise=solver(recipe) == "renoise"),
     ]
-    if judge is not None:
+    compared = judge is not None or bool(e.networks)
+    if compared:
         # Distances are taken to clips from other noise: clips from the same noise are paired and seem nearer.
         samplers.insert(1, Sampler("reference", "teacher, other seeds", teacher, full, guided, salt=1))
     made = {s.name: s.run(recipe, family, conditions, rows, texts, device) for s in samplers}
     others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
-    if judge is not None:
-        evaluation = evaluate(made["reference"], made["teacher"], others, judge)
+    tools = load_instruments(e, judge=place.reward, device=device)
+    if compared:
+        evaluation = evaluate(made["reference"], made["teacher"], others, judge, tools)
     else:
-        evaluation = evaluate(made["teacher"], None, others, None)
+        evaluation = evaluate(made["teacher"], None, others, None, tools)
     best = evaluation.best_undistilled()
     grid_rows = contact_rows(texts, e.grid)
     save_contact(recipe, family, made["student"], grid_rows)

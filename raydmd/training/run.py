@@ -20,6 +20,7 @@ import torch
 from raydmd import __version__
 from raydmd.data.real import Source, inspect, prepare
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
+from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
 from raydmd.models.places import locate
@@ -69,6 +70,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
+    check_instruments(recipe.evaluation)
     prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
     source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
     folder = recipe.folder

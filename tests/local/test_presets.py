@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,10 +11,11 @@ from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from raydmd.data.real import inspect, load_real, prepare
+from raydmd.errors import RunFailed
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.pairs.make import begin, make_pairs
 from raydmd.pairs.origin import folder_of, origin_of
-from raydmd.recipe import Recipe, derive
+from raydmd.recipe import Recipe, derive, load
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
@@ -24,8 +26,6 @@ from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from raydmd.models.base import Family
     from raydmd.serving.client import Client
 
@@ -57,12 +57,28 @@ def pairing(r: Recipe, family: Family, teacher: Client) -> Pairing | None:
     if r.method.regression is None:
         return None
     folder = folder_of(r)
+    if folder.is_dir():  # another rank's
+        return open_pairs(r, family, family.encode(PROMPTS, r.output / "conditions"), torch.device("cpu"))
     folder.mkdir()
     manifest = begin(folder, origin_of(r, family, PROMPTS, 6, shard=4), "", PROMPTS)
     make_pairs(folder, manifest, len(PROMPTS), teacher, ahead=1)
     prompts = check_pairs(r, family)
     assert prompts == PROMPTS
     return open_pairs(r, family, family.encode(prompts, r.output / "conditions"), torch.device("cpu"))
+
+
+def build(r: Recipe, session: FolderSession) -> Worker:
+    """A worker with all that its method asks for."""
+    family = load_family(r.model)
+    table = load_conditions(family.encode(PROMPTS, r.output / "conditions"))
+    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
+    rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
+    real = None
+    if r.method.gan:
+        source = inspect(r.method.gan, family.shape())
+        real = load_real(prepare(source, r.model, family, r.output / "real", print))
+    job = Job(recipe=r, family=family, conditions=table, real=real, pairing=pairing(r, family, teacher))
+    return Worker(job, teacher, session, EventLog(r.folder / "events.jsonl"), rewards)
 
 
 @pytest.mark.parametrize(
@@ -87,17 +103,10 @@ def test_a_method_trains_and_exports(tmp_path, method):
     r = recipe(tmp_path, method)
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
-    real = None
     if r.method.gan:
         save_file({"latents": torch.randn(5, *family.shape().latent)}, r.method.gan.data)
-        source = inspect(r.method.gan, family.shape())
-        real = load_real(prepare(source, r.model, family, tmp_path / "real", print))
-    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
-    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
-    rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
     session = FolderSession(r.folder)
-    job = Job(recipe=r, family=family, conditions=table, real=real, pairing=pairing(r, family, teacher))
-    worker = Worker(job, teacher, session, EventLog(r.folder / "events.jsonl"), rewards)
+    worker = build(r, session)
     assert worker.run() == "finished"
     rows = [row for row in session.reports if "student/gradient" in row]
     assert all(row["student/gradient"] > 0 for row in rows)
@@ -118,14 +127,36 @@ def test_a_method_trains_and_exports(tmp_path, method):
 def test_samples_of_a_group_share_a_prompt_and_nothing_else(tmp_path):
     r = recipe(tmp_path, {"name": "amd", "adapt": {"group": 2}})
     r.folder.mkdir(parents=True)
-    family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
-    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
-    rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu"))
-    job = Job(recipe=r, family=family, conditions=table)
-    worker = Worker(job, teacher, FolderSession(r.folder), EventLog(r.folder / "events.jsonl"), rewards)
+    worker = build(r, FolderSession(r.folder))
     assert worker.run() == "finished"
     batch = worker.stream.batch(0, "student")
     assert batch.conditions[0] == batch.conditions[1] != batch.conditions[2] == batch.conditions[3]
     noise = batch.draws.normal("noise", (3,))
     assert not torch.equal(noise[0], noise[1])
+
+
+def test_the_published_mixture_trains_from_its_file(tmp_path):
+    file = Path(__file__).parents[2] / "experiments" / "mixture_wan22.yaml"
+    assert len(file.read_text().splitlines()) < 25
+    small = {"cycles": 2, "batch": 4, "fake_updates": 1, "report_every": 1}
+    r = derive(load(file, Recipe()), {"output": tmp_path, "training": small, "method.anchor": {"steps": 2, "of": 6}})
+    r.folder.mkdir(parents=True)
+    session = FolderSession(r.folder)
+    worker = build(r, session)
+    assert worker.run() == "finished"
+    assert worker.recipe.method.boundaries
+    rows = [row for row in session.reports if "student/gradient" in row]
+    assert len(rows) == 2
+    assert all({"student/reward", "student/gradient"} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("missing", ["adapt", "regression"])
+def test_a_worker_without_what_its_method_asks_for_says_so(tmp_path, missing):
+    r = recipe(tmp_path, {"name": "amd"} if missing == "adapt" else {"name": "dmd", "regression": {"loss": "l2"}})
+    r.folder.mkdir(parents=True)
+    family = load_family(r.model)
+    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
+    teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
+    job = Job(recipe=r, family=family, conditions=table)
+    with pytest.raises(RunFailed, match=f"method.{missing} is on, but the worker was given nothing"):
+        Worker(job, teacher, FolderSession(r.folder), EventLog(r.folder / "events.jsonl"))

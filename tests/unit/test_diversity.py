@@ -6,14 +6,11 @@ import itertools
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     CLIPTokenizer,
@@ -25,9 +22,9 @@ from transformers import (
 )
 
 from raydmd.errors import InputError
-from raydmd.evaluation.clip_score import load_clip_score
 from raydmd.evaluation.diversity import cosine_by_prompt, distance_diversity, pairwise_cosine, pairwise_diversity
-from raydmd.evaluation.features import Pooling, Preparation, load_features, preparation
+from raydmd.evaluation.features import Pooling, load_features
+from raydmd.rewards.pictures import Preprocess
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,40 +124,10 @@ def test_distance_diversity_is_the_mean_over_pairs_and_frames(at_once: int) -> N
         distance_diversity(given, prompts[:4], distance)
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 52), (75, 47), (16, 16)])
-def test_preparation_is_pillow_s_up_to_its_rounding_to_bytes(height: int, width: int) -> None:
-    smooth = torch.nn.functional.interpolate(clips(2, height=9, width=9)[:, 0], (height, width), mode="bilinear")
-    # Stretched until parts are black or white, where a cubic filter overshoots.
-    pixels = ((4 * smooth - 1.5).clamp(0, 1) * 255).round().byte()
-    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 30}}
-    theirs = CLIPImageProcessorPil(**settings)(
-        [Image.fromarray(np.ascontiguousarray(p.permute(1, 2, 0).numpy())) for p in pixels], return_tensors="pt"
-    )["pixel_values"]
-    ours = preparation({**settings, "do_center_crop": True, "image_mean": MEAN, "image_std": STD})(pixels / 255)
-    assert ours.shape == (2, 3, 28, 30)
-    assert float((ours - theirs).abs().max()) < 2.5 / 255 / min(STD)
-
-
-def test_preparation_reads_old_configs_and_refuses_unknown_ones() -> None:
-    found = preparation({"size": 24, "crop_size": 16, "do_center_crop": True, "image_mean": MEAN, "image_std": STD})
-    assert found == Preparation(shortest=24, crop=(16, 16), mean=MEAN, std=STD)
-    plain = preparation(
-        {"size": {"height": 8, "width": 6}, "do_normalize": False, "do_center_crop": None, "resample": 2}
-    )
-    assert plain(clips(1)[:, 0]).shape == (1, 3, 8, 6)
-    assert (plain.mean, plain.std, plain.mode) == ((0, 0, 0), (1, 1, 1), "bilinear")
-    assert torch.equal(plain(clips(1, height=8, width=6)[:, 0]), clips(1, height=8, width=6)[:, 0])
-    for wrong in ({"size": {"longest_edge": 3}}, {"size": 8, "resample": 1}, {"size": 8, "rescale_factor": 1 / 127.5}):
-        with pytest.raises(InputError):
-            preparation({"image_mean": MEAN, "image_std": STD, **wrong})
-    with pytest.raises(InputError, match="crop"):
-        Preparation(shortest=8, crop=(9, 9))(clips(1)[:, 0])
-
-
 def test_clip_features_are_those_of_the_model(clip_folder: Path) -> None:
     given = clips(3, frames=2, seed=1)
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    prepared = preparation(json.loads((clip_folder / "preprocessor_config.json").read_text()))(given.flatten(0, 1))
+    prepared = Preprocess.read(str(clip_folder))(given.flatten(0, 1))
     with torch.no_grad():
         output = model.vision_model(pixel_values=prepared)
         embeds = model.visual_projection(output.pooler_output)
@@ -185,7 +152,7 @@ def test_dino_features_are_pooled(tmp_path: Path) -> None:
     )
     model = Dinov2Model(config).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="preprocessor_config"):
+    with pytest.raises(InputError, match="image processor's settings"):
         load_features(tmp_path, "pooled")
     write_processor(tmp_path, crop_size={"height": 28, "width": 28})
     network = load_features(tmp_path, "pooled")
@@ -207,31 +174,3 @@ def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
     assert load_features(tmp_path, "tokens")(clips(2)).shape == (2, 16)
     with pytest.raises(InputError, match="nowhere"):
         load_features(tmp_path / "nowhere", "cls")
-
-
-def test_clip_score_is_the_positive_cosine_times_100_over_frames(clip_folder: Path) -> None:
-    score = load_clip_score(clip_folder)
-    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
-    given = clips(8, frames=2, height=32, width=32, seed=3)
-    prompts = ["a red bag", "dog", "a", "sky", "xyz", "boot", "cat in a hat with more words than fit", "q"]
-    found = score(given, prompts)
-    cosines = torch.zeros(8, 2)
-    for row, prompt in enumerate(prompts):
-        tokens = tokenizer(prompt, truncation=True, return_tensors="pt")
-        for frame in range(2):
-            pixels = (given[row, frame] - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-            with torch.no_grad():
-                output = model(input_ids=tokens["input_ids"], pixel_values=pixels[None])
-            cosines[row, frame] = output.text_embeds[0] @ output.image_embeds[0]
-    assert bool((cosines > 0).any())
-    assert bool((cosines < 0).any())
-    torch.testing.assert_close(found, (100 * cosines.clamp(min=0)).mean(1), rtol=1e-4, atol=1e-3)
-    with pytest.raises(InputError, match="prompts"):
-        score(given, prompts[:3])
-
-
-def test_a_clip_without_tokenizer_is_refused(clip_folder: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
-    with pytest.raises(InputError, match="tokenizer"):
-        load_clip_score(tmp_path)

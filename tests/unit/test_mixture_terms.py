@@ -64,9 +64,7 @@ def gradient_of(process: Process, routing: Routing, index: int, settings: dict):
     for q in queries:
         t = q.t.to(F64)
         cond, uncond = real.x0(q.x_t, t), plain.x0(q.x_t, t)
-        answers.append(
-            Answer(value=cond, uncond=uncond) if q.split else Answer(value=q.guidance.combine(cond, uncond))
-        )
+        answers.append(Answer(value=cond, uncond=uncond) if q.split else Answer(value=q.guidance.combine(cond, uncond)))
     found = method.score.gradient(
         sample, queries, answers, lambda q: fake.x0(q.x_t, q.t.to(F64)), weights=None, progress=0.0
     )
@@ -93,9 +91,7 @@ def test_guided_matching(process, normaliser, name, index):
         settings["boundaries"] = (0.5,)
     found, (query,), s, mixtures = gradient_of(process, Routing(("only",)), index, settings)
     assert (float(s[0]) > 0) == (name == "phased" and index == 0)
-    expected = direction(
-        process, query, s, mixtures, match=1.0, guided=SCALE - 1, by_scores=normaliser == "none"
-    )
+    expected = direction(process, query, s, mixtures, match=1.0, guided=SCALE - 1, by_scores=normaliser == "none")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 

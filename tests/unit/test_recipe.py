@@ -140,7 +140,10 @@ def test_aliases_lead_to_keys() -> None:
         (["method.decouple={}", "method.guidance=1"], "does nothing at guidance=1"),
         (["method.decouple.schedule=coupled", "method.decouple.augment_times=[0.1, 0.5]"], "do nothing with schedule"),
         (["method.decouple.match=0", "method.decouple.augment=0"], "no score to follow"),
-        (["method.name=decoupled", "method.decouple.match=0"], "never asks the fake score; set training.fake_updates=0"),
+        (
+            ["method.name=decoupled", "method.decouple.match=0"],
+            "never asks the fake score; set training.fake_updates=0",
+        ),
         (["method.decouple.augment={start: 1, stop: 0}"], "method.decouple.augment"),
         (["method.name=amd", "training.batch=6"], "method.adapt.group=4 does not divide"),
         (["method.moments={}"], "clean samples"),

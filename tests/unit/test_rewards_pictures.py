@@ -62,7 +62,8 @@ def test_picture_settings_are_read_or_refused(tmp_path: Path) -> None:
     assert Preprocess.read(settings()) == old_format
     assert Preprocess.read(settings(do_center_crop=False)).crop is None
     assert Preprocess.read(settings(size={"height": 40, "width": 50})).size == (40, 50)
-    for wrong in ({"resample": 2}, {"do_normalize": False}, {"size": {"longest_edge": 30}}, {"crop_size": 31}):
+    assert Preprocess.read(settings(resample=2)).filter == "bilinear"
+    for wrong in ({"resample": 1}, {"do_normalize": False}, {"size": {"longest_edge": 30}}, {"crop_size": 31}):
         with pytest.raises(InputError):
             Preprocess.read(settings(**wrong))
     with pytest.raises(InputError, match="image processor"):

@@ -36,7 +36,7 @@ def test_rates_rise_stay_and_fall_in_every_phase():
 
 def _stream(rank: int, world: int) -> Stream:
     table = Conditions(embeds=torch.arange(6.0).view(6, 1, 1))
-    slots = {"student": 0, "fake.0": 1}
+    slots = ("student", "fake.0")
     return Stream(table, seed=1, batch=4, slots=slots, rank=rank, world=world, device=torch.device("cpu"))
 
 
@@ -46,6 +46,21 @@ def test_any_world_size_sees_the_same_samples():
     assert whole.conditions == parts[0].conditions + parts[1].conditions
     noise = torch.cat([p.draws.normal("noise", (2,)) for p in parts])
     assert torch.equal(whole.draws.normal("noise", (2,)), noise)
+
+
+def test_updates_that_a_monitor_adds_move_nobody_elses():
+    table, usual = Conditions(embeds=torch.arange(6.0).view(6, 1, 1)), _stream(0, 1)
+    slots = ("student", "fake.0", "fake.1", "fake.2")
+    more = Stream(table, seed=1, batch=4, slots=slots, regular=2, rank=0, world=1, device=torch.device("cpu"))
+    taken = set()
+    for cycle in range(3):
+        for slot in slots:
+            batch = more.batch(cycle, slot)
+            if slot in slots[:2]:
+                assert batch.draws == usual.batch(cycle, slot).draws
+                assert batch.conditions == usual.batch(cycle, slot).conditions
+            assert not taken & set(batch.draws.positions)
+            taken |= set(batch.draws.positions)
 
 
 def test_every_prompt_comes_once_an_epoch_and_the_negative_never():

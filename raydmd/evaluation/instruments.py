@@ -1,0 +1,118 @@
+"""The networks and rewards that an evaluation measures with, beside a zoo model's judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from raydmd.evaluation.distances import embed, frechet, precision_recall, vendi
+from raydmd.evaluation.diversity import distance_diversity, pairwise_diversity
+from raydmd.evaluation.features import ImageFeatures, load_features
+from raydmd.evaluation.table import Column
+from raydmd.rewards.build import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from raydmd.evaluation.perceptual import Lpips
+    from raydmd.evaluation.samples import Samples
+    from raydmd.recipe_evaluation import Evaluation as Settings
+    from raydmd.rewards.base import Reward
+
+AT_ONCE = 16
+"""Clips in one forward."""
+LEAST = 5
+"""Clips below which precision and recall, by third neighbours, say nothing."""
+
+
+@dataclass
+class Instruments:
+    """Measures samplers one after another, the reference first.
+
+    Attributes:
+        networks: for features, by name.
+        rewards: held out, by name.
+        lpips: distance between pictures.
+        device: of all of them.
+    """
+
+    networks: dict[str, ImageFeatures] = field(default_factory=dict)
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    lpips: Lpips | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _reference: dict[str, Tensor] = field(default_factory=dict)
+
+    def columns(self) -> tuple[Column, ...]:
+        """What :meth:`measure` finds."""
+        found = [
+            column
+            for name in self.networks
+            for column in (
+                Column(f"frechet_{name}", f"Fréchet {name}", "low", 2, f"distance to the teacher's clips in {name}"),
+                Column(f"diversity_{name}", f"diversity {name}", "high", 3, f"1 - mean cosine of a prompt's {name}"),
+                Column(f"precision_{name}", f"precision {name}", "high", 3, "share near the teacher's clips", False),
+                Column(
+                    f"recall_{name}", f"recall {name}", "high", 3, "share of the teacher's clips that are near", False
+                ),
+                Column(f"vendi_{name}", f"Vendi {name}", "teacher", 1, f"effective number of clips in {name}", False),
+            )
+        ]
+        if self.lpips is not None:
+            found.append(Column("diversity_lpips", "LPIPS", "high", 3, "mean LPIPS between samples of a prompt"))
+        return (*found, *(Column(f"reward_{n}", n, "high", 2, f"mean of the reward {n}") for n in self.rewards))
+
+    def measure(self, samples: Samples) -> dict[str, float | None]:
+        """Figures of one sampler; the first one measured is the reference of all.
+
+        Raises:
+            InputError: or RewardError or NonFiniteError, naming network or reward and the sample.
+        """
+        row: dict[str, float | None] = {}
+        for name, network in self.networks.items():
+            features = embed(network, samples.clips, batch=AT_ONCE)
+            reference = self._reference.setdefault(name, features)
+            many = min(len(features), len(reference))
+            row[f"frechet_{name}"] = frechet(reference, features) if many > 1 else None
+            row[f"diversity_{name}"] = pairwise_diversity(features, samples.prompts)
+            overlap = precision_recall(reference, features) if many >= LEAST else None
+            row[f"precision_{name}"] = overlap.precision if overlap else None
+            row[f"recall_{name}"] = overlap.recall if overlap else None
+            row[f"vendi_{name}"] = vendi(features)
+        if self.lpips is not None:
+            row["diversity_lpips"] = distance_diversity(samples.clips.to(self.device), samples.prompts, self.lpips)
+        ids = torch.arange(len(samples)).split(AT_ONCE)
+        for name, reward in self.rewards.items():
+            found = [
+                reward.score(samples.clips[part], [samples.prompts[i] for i in part.tolist()], part.tolist()).cpu()
+                for part in ids
+            ]
+            row[f"reward_{name}"] = float(torch.cat(found).double().mean())
+        return row
+
+
+def load_instruments(settings: Settings, *, judge: Path | None, device: torch.device) -> Instruments:
+    """What an evaluation's settings name, frozen, on a device.
+
+    Args:
+        settings: the recipe's ``evaluation`` section.
+        judge: for a zoo reward without a path.
+        device: where.
+
+    Raises:
+        InputError: if one is missing, damaged or of another class.
+    """
+    rewards: dict[str, Reward] = {}
+    for spec in settings.rewards:
+        alike = sum(name.split("_")[0] == spec.kind for name in rewards)
+        rewards[f"{spec.kind}_{alike + 1}" if alike else spec.kind] = load(spec, judge=judge, device=device)
+    lpips: Lpips | None = None
+    if settings.lpips:
+        from raydmd.evaluation.perceptual import load_lpips
+
+        lpips = load_lpips("vgg", weights=settings.lpips.weights).to(device)
+    networks = {n.name: load_features(n.path, n.pooling, device=device) for n in settings.networks}
+    return Instruments(networks, rewards, lpips, device)
