@@ -84,11 +84,11 @@ class Instruments:
             row[f"vendi_{name}"] = vendi(features)
         if self.lpips is not None:
             row["diversity_lpips"] = distance_diversity(samples.clips.to(self.device), samples.prompts, self.lpips)
-        ids = torch.arange(len(samples)).split(AT_ONCE)
+        rows = range(len(samples))
         for name, reward in self.rewards.items():
+            parts = [rows[i : i + AT_ONCE] for i in rows[::AT_ONCE]]
             found = [
-                reward.score(samples.clips[part], [samples.prompts[i] for i in part.tolist()], part.tolist()).cpu()
-                for part in ids
+                reward.score(samples.clips[p.start : p.stop], samples.prompts[p.start : p.stop], p).cpu() for p in parts
             ]
             row[f"reward_{name}"] = float(torch.cat(found).double().mean())
         return row

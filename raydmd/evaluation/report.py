@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from raydmd.evaluation.evaluate import Column, Row, Value
+    from raydmd.evaluation.evaluate import Row, Value
     from raydmd.evaluation.samples import Samples
+    from raydmd.evaluation.table import Column
 
 _STRIP_FRAMES = 4
 """Three samplers' strips, each beside its animation, fit onto a laptop."""
