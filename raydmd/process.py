@@ -1,7 +1,7 @@
 """Noise processes: marginals, kernels, conversions, time shift and step grids.
 
-Conventions, stated once for the whole project: ``t`` in [0, 1] and ``t = 1`` is pure noise (for EDM,
-``t`` is sigma itself). ``x_t = alpha_t * x0 + sigma_t * epsilon``. ``flow`` is the velocity of rectified
+Conventions, stated once for the whole project: ``t`` in [0, 1] and ``t = 1`` is pure noise.
+``x_t = alpha_t * x0 + sigma_t * epsilon``. ``flow`` is the velocity of rectified
 flow, ``epsilon - x0``; ``v`` is the VP velocity ``alpha * epsilon - sigma * x0``. Times are tensors of
 shape ``(B,)`` and are broadcast over latents of shape ``(B, ...)``. Conversions run in the dtype they
 are given; callers pass fp32 or fp64.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -103,28 +104,62 @@ class RectifiedFlow(Process):
 
 @dataclass(frozen=True)
 class VariancePreserving(Process):
-    """``alpha^2 + sigma^2 = 1`` with the log-linear betas of DDPM in continuous time.
+    """``alpha^2 + sigma^2 = 1`` with a table of betas (DDPM, arXiv:2006.11239); defaults are Stable Diffusion's.
 
-    ``-2 log alpha_t = beta_min t + (beta_max - beta_min) t^2 / 2`` (Song et al., arXiv:2011.13456, eq. 33).
+    ``t`` is ``(k + 1) / N`` for the table's k-th entry, so that 1 is its last one and 0 is clean; between entries
+    ``log alpha`` is linear. At ``t = 1`` a little signal is left, which sampling from pure noise ignores, as the
+    stock schedulers do.
+
+    Attributes:
+        beta_start: first beta.
+        beta_end: last beta.
+        schedule: ``linear`` in beta or in its root.
+        entries: N.
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
+    entries: int = 1000
 
     def alpha(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
-        return torch.exp(-0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square()))
+        return torch.exp(self._log_alpha(t))
 
     def sigma(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
-        return (1 - self.alpha(t).square()).clamp(min=0).sqrt()
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def index(self, t: Tensor) -> Tensor:
+        """Where in the table ``t`` lies, which is the time that a network is given; shape of ``t``."""
+        return t * self.entries - 1
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        table = _log_alphas(self).to(t.device)
+        place = (t.double() * self.entries).clamp(0, self.entries)
+        below = place.floor().clamp(max=self.entries - 1).long()
+        return torch.lerp(table[below], table[below + 1], place - below).to(t.dtype)
+
+
+@cache
+def _log_alphas(process: VariancePreserving) -> Tensor:
+    """``log alpha`` at 0, 1/N, ..., 1, float64."""
+    power = 0.5 if process.schedule == "scaled_linear" else 1.0
+    ends = process.beta_start**power, process.beta_end**power
+    betas = torch.linspace(*ends, process.entries, dtype=torch.float64) ** (1 / power)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
 
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """Variance exploding with ``t`` equal to sigma (Karras et al., arXiv:2206.00364)."""
+    """Variance exploding (Karras et al., arXiv:2206.00364): ``sigma = sigma_max t^rho``.
 
-    sigma_data: float = 0.5
+    ``t`` runs as the paper's steps do (eq. 5), but down to a sigma of 0. Latents are in units of the data's
+    standard deviation, and so is sigma.
+    """
+
+    sigma_max: float = 160.0
+    rho: float = 7.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
@@ -132,7 +167,7 @@ class EDM(Process):
 
     def sigma(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
-        return t
+        return self.sigma_max * t**self.rho
 
 
 def shift(u: Tensor, mu: float) -> Tensor:

@@ -44,7 +44,7 @@ def sample(
     x = noise
     for i, (now, after) in enumerate(itertools.pairwise(grid), start=1):
         t, s = (torch.full((len(x),), v, device=x.device) for v in (now, after))
-        x0 = experts.guided_x0(x, t, cond, uncond, guidance)
+        x0 = experts.guided_x0(x, t, cond, uncond, guidance, as_stock=True)
         if fresh is None or after == 0:
             x = experts.process.step(x, x0, t, s)
         else:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.draws import Draws
-    from raydmd.models.base import Conditions, Family, Shape
+    from raydmd.models.base import Conditions, Shape
+    from raydmd.models.family import Family
     from raydmd.recipe import Model
     from raydmd.recipe_gan import Gan
 

@@ -23,7 +23,8 @@ def student_routing(m: Settings, teacher: Routing) -> Routing:
     """The student's experts: one per phase, or the teacher's own where there are no phases."""
     if not m.boundaries:
         return teacher
-    names = [f"transformer_{k + 1}" if k else "transformer" for k in range(len(m.boundaries) + 1)]
+    first = teacher.experts[0]
+    names = [f"{first}_{k + 1}" if k else first for k in range(len(m.boundaries) + 1)]
     return Routing(tuple(names), m.boundaries)
 
 

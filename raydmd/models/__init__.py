@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from raydmd.errors import InputError
-from raydmd.models.base import Conditions, Experts, Family
+from raydmd.models.base import Conditions, Experts
 from raydmd.models.places import locate, read_index
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from raydmd.models.family import Family
     from raydmd.recipe import Model
+
+
+FAMILIES = {
+    "WanPipeline": ("wan", "Wan"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "Lumina2Pipeline": ("lumina2", "Lumina2"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "FluxPipeline": ("flux", "Flux"),
+}
+"""Module and class of each diffusers pipeline's family; one alone is imported, since each brings much along."""
 
 
 def load_family(settings: Model) -> Family:
@@ -26,23 +41,14 @@ def load_family(settings: Model) -> Family:
     Raises:
         InputError: if the pipeline is missing, incomplete or of a family that raydmd does not know.
     """
-    # Heavy imports, each where it is used: diffusers and transformers.
     located = locate(settings).settings
     index = read_index(located)
-    match index.get("_class_name"):
-        case "WanPipeline":
-            from raydmd.models.wan import Wan
-
-            return Wan(located, index)
-        case "StableDiffusion3Pipeline":
-            from raydmd.models.sd3 import StableDiffusion3
-
-            return StableDiffusion3(located, index)
-        case other:
-            raise InputError(
-                f"model {located.path!r} is a {other}; this version of raydmd distils WanPipeline (text to video) "
-                "and StableDiffusion3Pipeline (text to image)"
-            )
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise InputError(f"model {located.path!r} is a {kind}; this version of raydmd distils {', '.join(FAMILIES)}")
+    module, name = FAMILIES[kind]
+    family: type[Family] = getattr(import_module(f"raydmd.models.{module}"), name)
+    return family(located, index)
 
 
 def load_teacher(family: Family, precision: str, *, device: torch.device) -> Experts:
@@ -58,7 +64,7 @@ def load_teacher(family: Family, precision: str, *, device: torch.device) -> Exp
         name: family.denoiser(name, dtype=dtype).to(device).eval().requires_grad_(False)
         for name in family.routing().experts
     }
-    return Experts(modules, family.routing(), family.process, family.prediction)
+    return Experts(modules, family.routing(), family.process, family.prediction, family.rescale)
 
 
 def load_conditions(file: Path) -> Conditions:

@@ -1,4 +1,4 @@
-"""What the rest of the house knows of a model: denoisers by expert, conditions by id, a family to make them.
+"""What the rest of the house knows of a model: denoisers by expert, conditions by id.
 
 Latents everywhere are normalised as the denoiser sees them, shape ``(B, *latent_shape)``, fp32 outside
 the network. This module knows no diffusers class and no Ray.
@@ -6,10 +6,9 @@ the network. This module knows no diffusers class and no Ray.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,13 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raydmd.errors import InputError
-from raydmd.models.identity import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from raydmd import recipe as recipes
     from raydmd.guidance import Guidance
     from raydmd.process import Prediction, Process
 
@@ -136,19 +133,19 @@ class Denoiser(ABC, nn.Module):
 
     Args:
         network: the wrapped diffusers module, whose parameters are trained, sharded and saved.
-        blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)``, alone or
-            last in a tuple.
+        blocks: the network's blocks in order, each of which puts out hidden states ``(B, tokens, width)`` or a map
+            ``(B, width, H, W)`` of them, alone or last in a tuple.
         width: of the hidden states.
         autocast: the dtype of the forward pass; parameters keep theirs.
 
     Attributes:
-        prediction: what :meth:`forward` returns.
         lora_targets: ends of the names of modules that adapters go to unless a recipe says otherwise: all attention
             and feed-forward projections.
     """
 
-    prediction: Prediction
     lora_targets: tuple[str, ...]
+    idle: tuple[str, ...] = ()
+    """Modules whose output nothing reads, so that their parameters never get a gradient; they stay as they are."""
 
     def __init__(self, network: Any, blocks: Iterable[nn.Module], *, width: int, autocast: torch.dtype) -> None:
         super().__init__()
@@ -157,14 +154,25 @@ class Denoiser(ABC, nn.Module):
         self.width = width
         self._autocast = autocast
 
-    def call(self, timestep: Tensor, **inputs: Tensor) -> Tensor:
-        """The network's output in fp32; inputs go in its dtype, but times as they are: bf16 would round them."""
-        plain = self._autocast == torch.float32
-        dtype = self.network.dtype if plain else self._autocast
-        with torch.autocast(timestep.device.type, self._autocast, enabled=not plain):
+    def call(self, timestep: Tensor, *, exactly: Mapping[str, Any] | None = None, **inputs: Tensor) -> Tensor:
+        """The network's output in fp32.
+
+        Args:
+            timestep: in the network's own units; as it is, since bf16 would round it.
+            exactly: what else goes in as it is.
+            inputs: what goes in in the dtype of the forward pass.
+        """
+        with self.running(timestep.device) as dtype:
             cast = {name: value.to(dtype) for name, value in inputs.items()}
-            output: Tensor = self.network(timestep=timestep, return_dict=False, **cast)[0]
+            output: Tensor = self.network(timestep=timestep, return_dict=False, **cast, **(exactly or {}))[0]
         return output.float()
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[torch.dtype]:
+        """The context of a forward pass, and the dtype that its inputs have."""
+        plain = self._autocast == torch.float32
+        with torch.autocast(device.type, self._autocast, enabled=not plain):
+            yield self.network.dtype if plain else self._autocast
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
@@ -180,10 +188,21 @@ class Denoiser(ABC, nn.Module):
         """
 
 
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""From the conditional and the guided raw prediction to the one that a stock pipeline goes on with."""
+
+
 class Experts:
     """The experts of one role, called through one door.
 
     A batch goes to one expert: all its times must route alike, so that every rank runs the same module.
+
+    Args:
+        modules: by name.
+        routing: which expert serves which time.
+        process: the noise process.
+        prediction: what the networks predict.
+        rescale: what the stock pipeline does to a guided prediction, if anything.
     """
 
     def __init__(
@@ -192,7 +211,9 @@ class Experts:
         routing: Routing,
         process: Process,
         prediction: Prediction,
+        rescale: Rescale | None = None,
     ):
+        self._rescale = rescale
         self.modules = dict(modules)
         self.routing = routing
         self.process = process
@@ -214,17 +235,36 @@ class Experts:
         """The routed expert's prediction of the clean latent, shape of ``x_t``."""
         return self.process.to_x0(self.prediction, x_t, self.raw(x_t, t, cond), t)
 
-    def guided_x0(self, x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions, guidance: Guidance) -> Tensor:
-        """Guided prediction of the clean latent; both halves in one forward, shape of ``x_t``."""
+    def guided_x0(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        uncond: Conditions,
+        guidance: Guidance,
+        *,
+        as_stock: bool = False,
+    ) -> Tensor:
+        """Guided prediction of the clean latent; both halves in one forward, shape of ``x_t``.
+
+        ``as_stock`` does what the stock pipeline does beside it, to sample as it does; scores stay linear in the scale.
+        """
         if not guidance.active:
             return self.x0(x_t, t, cond)
+        if as_stock and self._rescale:
+            first, second = self.raw(*_twice(x_t, t, cond, uncond)).chunk(2)
+            output = self._rescale(first, guidance.combine(first, second))
+            return self.process.to_x0(self.prediction, x_t, output, t)
         return guidance.combine(*self.both_x0(x_t, t, cond, uncond))
 
     def both_x0(self, x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional prediction of the clean latent in one forward, each of shape ``x_t``."""
-        both = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.join(uncond))
-        first, second = both.chunk(2)
+        first, second = self.x0(*_twice(x_t, t, cond, uncond)).chunk(2)
         return first, second
+
+
+def _twice(x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions) -> tuple[Tensor, Tensor, Conditions]:
+    return torch.cat([x_t, x_t]), torch.cat([t, t]), cond.join(uncond)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,145 +278,3 @@ class Teacher:
 
     experts: Experts
     shape: Shape
-
-
-class Family(ABC):
-    """One family of pipelines, bound to one folder or hub id. Nothing else knows diffusers.
-
-    Args:
-        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
-        index: its ``model_index.json``.
-    """
-
-    process: Process
-    prediction: Prediction
-    pipeline: Any
-    """Its diffusers pipeline class."""
-    max_experts: int
-    """How many experts the family's pipeline class can hold, and so how many phases can be exported."""
-    text_parts: tuple[str, ...]
-    """The pipeline's parts that make conditions of prompts, where it has them."""
-
-    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
-        self.path = settings.path
-        self._settings = settings
-        self._index = index
-
-    @abstractmethod
-    def routing(self) -> Routing:
-        """The teacher's experts."""
-
-    @abstractmethod
-    def shape(self) -> Shape:
-        """Shape of one sample."""
-
-    @abstractmethod
-    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Denoiser:
-        """Load one expert's weights.
-
-        Args:
-            expert: one of the routing's.
-            dtype: of the parameters.
-            autocast: of the forward pass; fp32 runs in the parameters' own dtype.
-
-        Raises:
-            InputError: if the weights are missing or unreadable.
-        """
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], cache: Path) -> Path:
-        """Encode prompts (with the negative prompt as row 0) once; cached by content.
-
-        Returns:
-            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.load_conditions`.
-        """
-        length = self.text_length()
-        texts = [self._settings.negative_prompt, *prompts]
-        key = json.dumps([fingerprint(self._settings, self.conditioning()), length, texts]).encode()
-        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
-        if not file.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            self._encode(texts, length).save(partial)
-            partial.replace(file)
-        return file
-
-    def conditioning(self) -> tuple[str, ...]:
-        """Those :attr:`text_parts` that this pipeline has."""
-        return tuple(part for part in self.text_parts if self._has(part))
-
-    @abstractmethod
-    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        """Run the text encoders, fp32; called under ``no_grad``."""
-
-    @abstractmethod
-    def text_length(self) -> int:
-        """Tokens a prompt is padded to."""
-
-    @abstractmethod
-    def render(self, latents: Tensor) -> Tensor:
-        """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
-
-        An image is one frame. In [0, 1] but for where the decoder overshoots; there a clamp would end the gradient.
-        The decoder itself is frozen.
-        """
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [0, 1] from normalised latents: ``(B, frames, 3, H, W)``, fp32, without gradient."""
-        return self.render(latents).clamp(0, 1)
-
-    @abstractmethod
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Normalised latents ``(B, *latent)`` of pixels in [0, 1], ``(B, frames, 3, H, W)``; fp32, without noise."""
-
-    @abstractmethod
-    def export(
-        self,
-        folder: Path,
-        experts: Mapping[str, nn.Module],
-        *,
-        steps: int,
-        shift: float,
-        boundary: float | None,
-        stochastic: bool,
-    ) -> None:
-        """Write the student as a stock diffusers pipeline with its few-step scheduler set.
-
-        ``stochastic`` sets a scheduler that puts fresh noise on each predicted x0.
-        """
-
-    @abstractmethod
-    def usage(self, *, steps: int) -> str:
-        """Python that samples an exported student with stock diffusers, for its model card."""
-
-    def export_lora(
-        self,
-        folder: Path,
-        layers: Mapping[str, Mapping[str, Tensor]],
-        metadata: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Write adapters, one mapping per expert under peft's names, in diffusers' naming.
-
-        A file for each expert: the stock loaders take one expert a file.
-        """
-        for expert, weights in layers.items():
-            self.pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=dict(weights),
-                transformer_lora_adapter_metadata=dict(metadata[expert]),
-                weight_name=f"{expert}.safetensors",
-            )
-
-    @property
-    def _revision(self) -> dict[str, str]:
-        return {"revision": self._settings.revision} if self._settings.revision else {}
-
-    def _has(self, part: str) -> bool:
-        entry = self._index.get(part)
-        return bool(entry and entry[0])
-
-    def _require(self, *parts: str) -> None:
-        missing = [part for part in parts if not self._has(part)]
-        if missing:
-            raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")

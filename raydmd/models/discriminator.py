@@ -136,7 +136,8 @@ def taken(denoiser: Denoiser, depths: Sequence[float]) -> Iterator[list[Tensor]]
     features: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        features.append(output[-1] if isinstance(output, tuple) else output)
+        found = output[-1] if isinstance(output, tuple) else output
+        features.append(found.flatten(2).mT if found.ndim == 4 else found)  # a U-Net's block has a map
 
     handles = [denoiser.blocks[i].register_forward_hook(keep) for i in listened(len(denoiser.blocks), depths)]
     try:

@@ -11,31 +11,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from raydmd.errors import InputError
-from raydmd.models.base import Conditions, Denoiser, Family, Routing, Shape
-from raydmd.process import RectifiedFlow, euler_scheduler_for
+from raydmd.models.autoencoder import ImageAutoencoder
+from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.family import Family, chunks
+from raydmd.models.schedulers import FLOW_STEPS, own_flow_scheduler
+from raydmd.process import RectifiedFlow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from raydmd import recipe as recipes
 
-TRAIN_STEPS = 1000
-EXPERT = "transformer"
 T5_LENGTH = 256
 """Tokens that the stock pipeline pads T5's prompt to."""
-CHUNK = 64
-"""Prompts in one forward of the text encoders."""
 
 
 class StableDiffusion3Denoiser(Denoiser):
@@ -46,7 +39,6 @@ class StableDiffusion3Denoiser(Denoiser):
         autocast: the dtype of the forward pass; parameters keep theirs.
     """
 
-    prediction = "flow"
     # Both streams: the text's projections are the ones that were added.
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
@@ -64,7 +56,7 @@ class StableDiffusion3Denoiser(Denoiser):
                 "a StableDiffusion3Pipeline needs pooled embeddings; these conditions are another family's"
             )
         return self.call(
-            t.float() * TRAIN_STEPS,
+            t.float() * FLOW_STEPS,
             hidden_states=x_t,
             encoder_hidden_states=cond.embeds,
             pooled_projections=cond.pooled,
@@ -85,65 +77,41 @@ class StableDiffusion3(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = StableDiffusion3Pipeline
-    max_experts = 1
     text_parts = tuple(f"{part}{n}" for n in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        self._vae_config: dict[str, Any] = AutoencoderKL.load_config(self.path, subfolder="vae", **self._revision)
-        self._config: dict[str, Any] = SD3Transformer2DModel.load_config(self.path, subfolder=EXPERT, **self._revision)
-        self._shape = self._find_shape()
-        self._vae: AutoencoderKL | None = None
-
-    def _find_shape(self) -> Shape:
-        m = self._settings
-        scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-        side = self._config["sample_size"] * scale
-        height, width = m.height or side, m.width or side
-        multiple, most = scale * self._config["patch_size"], self._config["pos_embed_max_size"]
-        if (m.frames or 1) != 1:
-            raise InputError(f"model.frames={m.frames} does not fit {self.path!r}: it makes images, of one frame")
-        if height % multiple or width % multiple or max(height, width) > most * multiple:
-            raise InputError(
-                f"model.height={height}, model.width={width} do not fit {self.path!r}: both must be multiples "
-                f"of {multiple}, at most {most * multiple}"
-            )
-        latent = (self._config["in_channels"], height // scale, width // scale)
-        return Shape(latent=latent, frames=1, height=height, width=width)
-
-    def routing(self) -> Routing:
-        """See :class:`~raydmd.models.base.Family`."""
-        return Routing((EXPERT,))
-
-    def shape(self) -> Shape:
-        """See :class:`~raydmd.models.base.Family`."""
-        return self._shape
+        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        config = self._config(SD3Transformer2DModel, "transformer")
+        cell, scale = config["patch_size"], self.autoencoder.scale
+        most = config["pos_embed_max_size"] * cell * scale
+        self._shape = self._image(
+            channels=config["in_channels"], cell=cell, side=config["sample_size"] * scale, most=most
+        )
 
     def denoiser(
         self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32
     ) -> StableDiffusion3Denoiser:
-        """See :class:`~raydmd.models.base.Family`."""
-        network = SD3Transformer2DModel.from_pretrained(
-            self.path, subfolder=expert, torch_dtype=dtype, **self._revision
-        )
-        return StableDiffusion3Denoiser(network, autocast=autocast)
+        """See :class:`~raydmd.models.family.Family`."""
+        return StableDiffusion3Denoiser(self._load(SD3Transformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._text_pipeline()
         if not self._has("text_encoder_3"):  # the stock pipeline asks the transformer how wide T5's zeros are
+            config = self._config(SD3Transformer2DModel, "transformer")
             with torch.device("meta"):
-                pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(self._config))
+                pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
         parts = [
             pipeline.encode_prompt(
-                prompt=list(texts[i : i + CHUNK]),
+                prompt=part,
                 prompt_2=None,
                 prompt_3=None,
                 device=torch.device("cpu"),
                 do_classifier_free_guidance=False,
                 max_sequence_length=length,
             )
-            for i in range(0, len(texts), CHUNK)
+            for part in chunks(texts)
         ]
         return Conditions(
             embeds=torch.cat([p[0].float() for p in parts]), pooled=torch.cat([p[2].float() for p in parts])
@@ -151,96 +119,25 @@ class StableDiffusion3(Family):
 
     def text_length(self) -> int:
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""
-        if self._settings.text_length:
-            return self._settings.text_length
-        if not self._has("tokenizer_3"):
-            return T5_LENGTH
-        tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_3", **self._revision)
-        return min(T5_LENGTH, int(tokenizer.model_max_length))
+        return self._length(T5_LENGTH, "tokenizer_3")
 
-    def render(self, latents: Tensor) -> Tensor:
-        """See :class:`~raydmd.models.base.Family`."""
-        vae = self._autoencoder(latents.device)
-        image = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        pixels: Tensor = (image / 2 + 0.5)[:, None]
-        return pixels
+    def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
+        """See :class:`~raydmd.models.family.Family`."""
+        return own_flow_scheduler(steps=steps, shift=shift, stochastic=stochastic)
 
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """See :class:`~raydmd.models.base.Family`."""
-        vae = self._autoencoder(pixels.device)
-        mode = vae.encode(2 * pixels[:, 0] - 1).latent_dist.mode()
-        latents: Tensor = (mode - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
-
-    def _autoencoder(self, device: torch.device) -> AutoencoderKL:
-        if self._vae is None:
-            self._vae = AutoencoderKL.from_pretrained(
-                self.path, subfolder="vae", torch_dtype=torch.float32, **self._revision
-            ).to(device)
-            self._vae.requires_grad_(False)
-        return self._vae
-
-    def export(
-        self,
-        folder: Path,
-        experts: Mapping[str, nn.Module],
-        *,
-        steps: int,
-        shift: float,
-        boundary: float | None,
-        stochastic: bool,
-    ) -> None:
-        """See :class:`~raydmd.models.base.Family`; there is one expert, and so no boundary."""
-        if boundary is not None:
-            raise InputError("a StableDiffusion3Pipeline holds one expert; a student of several phases does not fit")
-        stretch, terminal = euler_scheduler_for(steps, shift, train_steps=TRAIN_STEPS)
-        pipeline = self._text_pipeline()
-        pipeline.register_modules(
-            transformer=experts[EXPERT],
-            vae=AutoencoderKL.from_pretrained(self.path, subfolder="vae", **self._revision),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps=TRAIN_STEPS, shift=stretch, shift_terminal=terminal, stochastic_sampling=stochastic
-            ),
-        )
-        pipeline.save_pretrained(folder, safe_serialization=True)
-
-    def usage(self, *, steps: int) -> str:
-        """See :class:`~raydmd.models.base.Family`."""
-        dropped = "" if self._has("text_encoder_3") else ", text_encoder_3=None, tokenizer_3=None"
-        return f"""from diffusers import StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained("this/folder"{dropped})
-image = pipe(
-    "your prompt",
-    num_inference_steps={steps},
-    guidance_scale=1.0,
-    height={self._shape.height},
-    width={self._shape.width},
-    max_sequence_length={self.text_length()},
-).images[0]"""
+    def sampling(self, *, steps: int) -> dict[str, Any]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return super().sampling(steps=steps) | {"max_sequence_length": self.text_length()}
 
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
-        """The stock pipeline with its text parts alone, so that prompts are cut and joined as it does."""
-
-        def encoder(kind: Any, part: str) -> Any:
-            if not self._has(part):
-                return None
-            return kind.from_pretrained(self.path, subfolder=part, torch_dtype=torch.float32, **self._revision)
-
-        def tokenizer(part: str) -> Any:
-            if not self._has(part):
-                return None
-            return AutoTokenizer.from_pretrained(self.path, subfolder=part, **self._revision)
-
         return StableDiffusion3Pipeline(
             transformer=None,
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=None,
-            text_encoder=encoder(CLIPTextModelWithProjection, "text_encoder"),
-            tokenizer=tokenizer("tokenizer"),
-            text_encoder_2=encoder(CLIPTextModelWithProjection, "text_encoder_2"),
-            tokenizer_2=tokenizer("tokenizer_2"),
-            text_encoder_3=encoder(T5EncoderModel, "text_encoder_3"),
-            tokenizer_3=tokenizer("tokenizer_3"),
+            text_encoder=self._load(CLIPTextModelWithProjection, "text_encoder"),
+            tokenizer=self._tokenizer(),
+            text_encoder_2=self._load(CLIPTextModelWithProjection, "text_encoder_2"),
+            tokenizer_2=self._tokenizer("tokenizer_2"),
+            text_encoder_3=self._load(T5EncoderModel, "text_encoder_3"),
+            tokenizer_3=self._tokenizer("tokenizer_3"),
         )

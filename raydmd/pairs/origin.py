@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from raydmd.models.base import Family
+    from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
 SHARD_BYTES = 256 << 20

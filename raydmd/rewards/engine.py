@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raydmd import recipe as recipes
-    from raydmd.models.base import Family
+    from raydmd.models.family import Family
     from raydmd.rewards.base import Reward
     from raydmd.serving.messages import Request
 

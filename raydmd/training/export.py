@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from raydmd import __version__
 from raydmd.errors import RunFailed
 from raydmd.methods.presets import source_expert, student_routing
-from raydmd.models.base import Denoiser, Experts, Family
+from raydmd.models.base import Denoiser, Experts
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
 from raydmd.training.worker import STUDENT
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from raydmd.methods.rollout import Solver
+    from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
 
@@ -78,7 +79,7 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
         {e: d.network for e, d in denoisers.items()},
         steps=recipe.method.steps,
         shift=recipe.method.shift,
-        boundary=routing.boundaries[0] if routing.boundaries else None,
+        boundaries=routing.boundaries,
         stochastic=solver(recipe) == "renoise",
     )
     (pipeline / "README.md").write_text(_card(recipe, family), encoding="utf-8")

@@ -31,7 +31,8 @@ from raydmd.zoo.judge import AttributeJudge
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from raydmd.models.base import Conditions, Experts, Family
+    from raydmd.models.base import Conditions, Experts
+    from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
 CONTACT = "contact.safetensors"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from raydmd.models.base import Family
+    from raydmd.models.family import Family
     from raydmd.pairs.manifest import Manifest, Origin
     from raydmd.recipe import Recipe
     from raydmd.serving.client import Client

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raydmd.methods.regression import Distance
-    from raydmd.models.base import Conditions, Family
+    from raydmd.models.base import Conditions
+    from raydmd.models.family import Family
     from raydmd.recipe import Recipe
     from raydmd.recipe_regression import Regression
     from raydmd.training.session import Session

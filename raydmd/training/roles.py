@@ -212,7 +212,8 @@ def _parallel(module: nn.Module) -> DistributedDataParallel:
 
 def _select(denoiser: Denoiser, *, train: bool, lora: bool) -> None:
     for name, p in denoiser.network.named_parameters():
-        p.requires_grad_(train and (not lora or "lora_" in name))
+        idle = any(name.startswith(f"{module}.") for module in denoiser.idle)
+        p.requires_grad_(train and not idle and (not lora or "lora_" in name))
 
 
 def _shard(denoiser: Denoiser, precision: str) -> None:

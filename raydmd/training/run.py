@@ -38,7 +38,8 @@ from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
-    from raydmd.models.base import Experts, Family
+    from raydmd.models.base import Experts
+    from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
 
@@ -60,12 +61,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     quiet()
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
-    experts = len(recipe.method.boundaries) + 1
-    if experts > family.max_experts:
-        raise InputError(
-            f"method.boundaries makes {experts} phases with an expert each, "
-            f"but a student of this family holds at most {family.max_experts}"
-        )
+    family.check(recipe.method)
     try:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:

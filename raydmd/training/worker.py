@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from raydmd.data.real import RealData
     from raydmd.methods.method import Method
     from raydmd.methods.phases import Phase
-    from raydmd.models.base import Conditions, Denoiser, Family, Routing
+    from raydmd.models.base import Conditions, Denoiser, Routing
+    from raydmd.models.family import Family
     from raydmd.pairs.stream import PairStream
     from raydmd.recipe import Recipe, Role
     from raydmd.serving.client import Client

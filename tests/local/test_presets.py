@@ -26,7 +26,7 @@ from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from raydmd.models.base import Family
+    from raydmd.models.family import Family
     from raydmd.serving.client import Client
 
 pytestmark = pytest.mark.local

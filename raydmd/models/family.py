@@ -1,0 +1,284 @@
+"""A family of pipelines: what the rest of the house may ask of one. Knows no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raydmd.errors import InputError
+from raydmd.models.base import Conditions, Denoiser, Routing, Shape
+from raydmd.models.identity import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from raydmd import recipe as recipes
+    from raydmd.models.autoencoder import Autoencoder
+    from raydmd.models.base import Rescale
+    from raydmd.process import Prediction, Process
+    from raydmd.recipe_method import Method
+
+CHUNK = 64
+"""Prompts in one forward of the text encoders."""
+
+
+class Family(ABC):
+    """One family of pipelines, bound to one folder or hub id. Nothing else knows diffusers.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
+
+    Attributes:
+        process: its noise process.
+        prediction: what its networks predict.
+        autoencoder: between pixels and latents.
+    """
+
+    pipeline: Any
+    """Its diffusers pipeline class."""
+    network: str = "transformer"
+    """What the pipeline calls its denoiser."""
+    text_parts: tuple[str, ...]
+    """The pipeline's parts that make conditions of prompts, where it has them."""
+    process: Process
+    prediction: Prediction
+    autoencoder: Autoencoder
+    rescale: Rescale | None = None
+    """What its pipeline does to a guided prediction beside :class:`~raydmd.guidance.Guidance`."""
+    _shape: Shape
+
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        self.path = settings.path
+        self._settings = settings
+        self._index = index
+
+    @abstractmethod
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Denoiser:
+        """Load one expert's weights.
+
+        Args:
+            expert: one of the routing's.
+            dtype: of the parameters.
+            autocast: of the forward pass; fp32 runs in the parameters' own dtype.
+
+        Raises:
+            InputError: if the weights are missing or unreadable.
+        """
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
+        """Run the text encoders, fp32; called under ``no_grad``. The first text is the negative prompt."""
+
+    @abstractmethod
+    def text_length(self) -> int:
+        """Tokens a prompt is padded to, or cut at."""
+
+    @abstractmethod
+    def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
+        """The stock scheduler that walks a student's times exactly.
+
+        ``stochastic`` sets one that puts fresh noise on each predicted x0.
+        """
+
+    @abstractmethod
+    def _text_pipeline(self) -> Any:
+        """The stock pipeline with its text parts alone, so that prompts are cut and padded as it does."""
+
+    def routing(self) -> Routing:
+        """The teacher's experts."""
+        return Routing((self.network,))
+
+    def shape(self) -> Shape:
+        """Shape of one sample."""
+        return self._shape
+
+    def check(self, method: Method) -> None:
+        """Refuse a method that this pipeline cannot be trained or sampled with.
+
+        Raises:
+            InputError: naming the key.
+        """
+        del method  # of a flow model every grid has a stock scheduler
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], cache: Path) -> Path:
+        """Encode prompts (with the negative prompt as row 0) once; cached by content.
+
+        Returns:
+            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.load_conditions`.
+        """
+        length = self.text_length()
+        texts = [self._settings.negative_prompt, *prompts]
+        key = json.dumps([fingerprint(self._settings, self.conditioning()), length, texts]).encode()
+        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        if not file.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            self._encode(texts, length).save(partial)
+            partial.replace(file)
+        return file
+
+    def conditioning(self) -> tuple[str, ...]:
+        """Those :attr:`text_parts` that this pipeline has."""
+        return tuple(part for part in self.text_parts if self._has(part))
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
+
+        An image is one frame. In [0, 1] but for where the decoder overshoots; there a clamp would end the gradient.
+        The decoder itself is frozen.
+        """
+        return self.autoencoder.render(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in [0, 1] from normalised latents: ``(B, frames, 3, H, W)``, fp32, without gradient."""
+        return self.render(latents).clamp(0, 1)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised latents ``(B, *latent)`` of pixels in [0, 1], ``(B, frames, 3, H, W)``; fp32, without noise."""
+        return self.autoencoder.encode(pixels)
+
+    def export(
+        self,
+        folder: Path,
+        experts: Mapping[str, nn.Module],
+        *,
+        steps: int,
+        shift: float,
+        boundaries: tuple[float, ...],
+        stochastic: bool,
+    ) -> None:
+        """Write the student as a stock diffusers pipeline with its few-step scheduler set.
+
+        Experts that the pipeline has no place for lie beside it; :meth:`usage` says how they take turns.
+        """
+        pipeline = self._text_pipeline()
+        parts = {name: module for name, module in experts.items() if name in pipeline.components}
+        scheduler = self.scheduler(steps=steps, shift=shift, stochastic=stochastic)
+        pipeline.register_modules(vae=self.autoencoder.stock(), scheduler=scheduler, **parts)
+        self._configure(pipeline, boundaries)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        for name, module in experts.items():
+            if name not in parts:
+                save: Any = module.save_pretrained
+                save(folder / name, safe_serialization=True)
+
+    def _configure(self, pipeline: Any, boundaries: tuple[float, ...]) -> None:
+        """Set what else ``model_index.json`` must say of a student."""
+        del pipeline, boundaries
+
+    def export_lora(
+        self,
+        folder: Path,
+        layers: Mapping[str, Mapping[str, Tensor]],
+        metadata: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Write adapters, one mapping per expert under peft's names, in diffusers' naming.
+
+        A file for each expert: the stock loaders take one expert a file.
+        """
+        for expert, weights in layers.items():
+            named = {
+                f"{self.network}_lora_layers": dict(weights),
+                f"{self.network}_lora_adapter_metadata": dict(metadata[expert]),
+            }
+            self.pipeline.save_lora_weights(folder, weight_name=f"{expert}.safetensors", **named)
+
+    def sampling(self, *, steps: int) -> dict[str, Any]:
+        """What a call of an exported student's stock pipeline needs beside its prompt."""
+        size = {"height": self._shape.height, "width": self._shape.width}
+        return {"num_inference_steps": steps, "guidance_scale": 1.0, **size}
+
+    def absent(self) -> tuple[str, ...]:
+        """Parts that the stock pipeline must be told are not there."""
+        return tuple(part for part in self.text_parts if not self._has(part))
+
+    def usage(self, *, steps: int) -> str:
+        """Python that samples an exported student with stock diffusers, for its model card."""
+        name, absent = self.pipeline.__name__, "".join(f", {part}=None" for part in self.absent())
+        call = "\n".join(f"    {key}={value!r}," for key, value in self.sampling(steps=steps).items())
+        result = "frames = pipe(" if self._shape.frames > 1 else "image = pipe("
+        end = ").frames" if self._shape.frames > 1 else ").images[0]"
+        return f"""from diffusers import {name}
+
+pipe = {name}.from_pretrained("this/folder"{absent})
+{result}
+    "your prompt",
+{call}
+{end}"""
+
+    @property
+    def revision(self) -> dict[str, str]:
+        """Keywords of ``from_pretrained`` that name the weights' revision."""
+        return {"revision": self._settings.revision} if self._settings.revision else {}
+
+    def _image(self, *, channels: int, cell: int, side: int, most: int | None = None) -> Shape:
+        """The shape of an image family's samples.
+
+        Args:
+            channels: of a latent.
+            cell: latents along a side that its network takes as one.
+            side: pixels along a side unless the recipe says otherwise.
+            most: pixels along a side that its network can place, where that is limited.
+
+        Raises:
+            InputError: if the asked size does not fit.
+        """
+        m, scale = self._settings, self.autoencoder.scale
+        height, width, multiple = m.height or side, m.width or side, scale * cell
+        if (m.frames or 1) != 1:
+            raise InputError(f"model.frames={m.frames} does not fit {self.path!r}: it makes images, of one frame")
+        if height % multiple or width % multiple or (most and max(height, width) > most):
+            raise InputError(
+                f"model.height={height}, model.width={width} do not fit {self.path!r}: both must be multiples of "
+                f"{multiple}" + (f", at most {most}" if most else "")
+            )
+        return Shape(latent=(channels, height // scale, width // scale), frames=1, height=height, width=width)
+
+    def _config(self, kind: Any, part: str) -> dict[str, Any]:
+        """A part's settings."""
+        found: dict[str, Any] = kind.load_config(self.path, subfolder=part, **self.revision)
+        return found
+
+    def _load(self, kind: Any, part: str, *, dtype: torch.dtype = torch.float32) -> Any:
+        """A part's weights, or ``None`` where the pipeline has no such part."""
+        if not self._has(part):
+            return None
+        return kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+
+    def _tokenizer(self, part: str = "tokenizer") -> Any:
+        """A tokenizer, or ``None`` where the pipeline has none of that name."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, subfolder=part, **self.revision) if self._has(part) else None
+
+    def _length(self, most: int, part: str = "tokenizer") -> int:
+        """The recipe's ``model.text_length``; else the tokenizer's limit, but ``most``."""
+        if self._settings.text_length:
+            return self._settings.text_length
+        tokenizer = self._tokenizer(part)
+        return min(most, int(tokenizer.model_max_length)) if tokenizer else most
+
+    def _has(self, part: str) -> bool:
+        entry = self._index.get(part)
+        return bool(entry and entry[0])
+
+    def _require(self, *parts: str) -> None:
+        missing = [part for part in parts if not self._has(part)]
+        if missing:
+            raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")
+
+
+def chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, as many at once as the text encoders take."""
+    for i in range(0, len(texts), CHUNK):
+        yield list(texts[i : i + CHUNK])

@@ -1,0 +1,245 @@
+"""Stable Diffusion with a U-Net: StableDiffusionPipeline (1.x, 2.x) and StableDiffusionXLPipeline.
+
+What is peculiar to them stays here: the process is variance preserving with a table of betas, and the network is
+given the table's index; it predicts the noise, or v in some 2.x; SDXL also takes the picture's size and crop, and the
+pooled vector of its second text encoder, and reads zeros for a negative prompt that is not given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from raydmd.errors import InputError
+from raydmd.models.autoencoder import ImageAutoencoder
+from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.family import Family, chunks
+from raydmd.models.schedulers import PREDICTIONS, table_scheduler
+from raydmd.process import VariancePreserving
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from raydmd import recipe as recipes
+    from raydmd.process import Prediction
+    from raydmd.recipe_method import Method
+
+
+class UNetDenoiser(Denoiser):
+    """One UNet2DConditionModel.
+
+    Args:
+        network: the U-Net.
+        process: whose table's index it is given.
+        sizes: SDXL's ``time_ids``: height and width before the crop, its corner, height and width. Others have none.
+        autocast: the dtype of the forward pass; parameters keep theirs.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+
+    def __init__(
+        self,
+        network: UNet2DConditionModel,
+        process: VariancePreserving,
+        *,
+        sizes: tuple[int, ...] | None,
+        autocast: torch.dtype,
+    ) -> None:
+        # DMD2 judges by the features of the bottleneck.
+        width = network.config.block_out_channels[-1]
+        super().__init__(network, (network.mid_block,), width=width, autocast=autocast)
+        self._process, self._sizes = process, sizes
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+        """See :class:`~raydmd.models.base.Denoiser`; SDXL's conditions are ``pooled`` too."""
+        exactly: dict[str, Any] = {}
+        if self._sizes is not None:
+            if cond.pooled is None:
+                raise InputError(
+                    "a StableDiffusionXLPipeline needs pooled embeddings; these conditions are another family's"
+                )
+            sizes = torch.tensor([self._sizes], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
+            exactly = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": sizes}}
+        time = self._process.index(t.float())
+        return self.call(time, exactly=exactly, sample=x_t, encoder_hidden_states=cond.embeds)
+
+
+class StableDiffusion(Family):
+    """A StableDiffusionPipeline in a folder or on the hub.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
+
+    Raises:
+        InputError: if it is incomplete, or the asked size does not fit its networks.
+    """
+
+    pipeline = StableDiffusionPipeline
+    network = "unet"
+    text_parts = ("text_encoder", "tokenizer")
+    process: VariancePreserving
+
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        super().__init__(settings, index)
+        self._require("unet", "vae", "scheduler", *self.text_parts)
+        self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
+        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
+
+    def check(self, method: Method) -> None:
+        """See :class:`~raydmd.models.family.Family`."""
+        _check(self, self.process, method)
+
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
+        """See :class:`~raydmd.models.family.Family`."""
+        network = self._load(UNet2DConditionModel, expert, dtype=dtype)
+        return UNetDenoiser(network, self.process, sizes=None, autocast=autocast)
+
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
+        pipeline = self._text_pipeline()
+        found = [pipeline.encode_prompt(part, torch.device("cpu"), 1, False)[0].float() for part in chunks(texts)]
+        return Conditions(embeds=torch.cat(found))
+
+    def text_length(self) -> int:
+        """See :class:`~raydmd.models.family.Family`; the tokenizer's own."""
+        return _length(self, self._settings, self._tokenizer())
+
+    def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
+        """See :class:`~raydmd.models.family.Family`."""
+        return table_scheduler(self.process, self.prediction, steps=steps, stochastic=stochastic)
+
+    def absent(self) -> tuple[str, ...]:
+        """See :class:`~raydmd.models.family.Family`; a student is exported without a safety checker."""
+        return ("safety_checker", "feature_extractor")
+
+    def _text_pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=None,
+            unet=None,
+            scheduler=None,
+            text_encoder=self._load(CLIPTextModel, "text_encoder"),
+            tokenizer=self._tokenizer(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+class StableDiffusionXL(Family):
+    """A StableDiffusionXLPipeline in a folder or on the hub.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
+
+    Raises:
+        InputError: if it is incomplete, or the asked size does not fit its networks.
+    """
+
+    pipeline = StableDiffusionXLPipeline
+    network = "unet"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    process: VariancePreserving
+
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        super().__init__(settings, index)
+        self._require("unet", "vae", "scheduler", *self.text_parts)
+        self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
+        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
+
+    def check(self, method: Method) -> None:
+        """See :class:`~raydmd.models.family.Family`."""
+        _check(self, self.process, method)
+
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
+        """See :class:`~raydmd.models.family.Family`."""
+        network = self._load(UNet2DConditionModel, expert, dtype=dtype)
+        size = (self._shape.height, self._shape.width)
+        return UNetDenoiser(network, self.process, sizes=(*size, 0, 0, *size), autocast=autocast)
+
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
+        pipeline, device = self._text_pipeline(), torch.device("cpu")
+        # Without a negative prompt the stock pipeline reads zeros, if its model_index.json says so.
+        negative = pipeline.encode_prompt(
+            "", device=device, do_classifier_free_guidance=True, negative_prompt=texts[0] or None
+        )
+        rows = [
+            pipeline.encode_prompt(part, device=device, do_classifier_free_guidance=False) for part in chunks(texts[1:])
+        ]
+        return Conditions(
+            embeds=torch.cat([negative[1], *(row[0] for row in rows)]).float(),
+            pooled=torch.cat([negative[3], *(row[2] for row in rows)]).float(),
+        )
+
+    def text_length(self) -> int:
+        """See :class:`~raydmd.models.family.Family`; the tokenizer's own."""
+        return _length(self, self._settings, self._tokenizer())
+
+    def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
+        """See :class:`~raydmd.models.family.Family`."""
+        return table_scheduler(self.process, self.prediction, steps=steps, stochastic=stochastic)
+
+    def _text_pipeline(self) -> StableDiffusionXLPipeline:
+        return StableDiffusionXLPipeline(
+            vae=None,
+            unet=None,
+            scheduler=None,
+            text_encoder=self._load(CLIPTextModel, "text_encoder"),
+            tokenizer=self._tokenizer(),
+            text_encoder_2=self._load(CLIPTextModelWithProjection, "text_encoder_2"),
+            tokenizer_2=self._tokenizer("tokenizer_2"),
+            force_zeros_for_empty_prompt=bool(self._index.get("force_zeros_for_empty_prompt", True)),
+            add_watermarker=False,
+        )
+
+
+def _process(path: str, told: Mapping[str, Any]) -> tuple[VariancePreserving, Prediction]:
+    """The noise process and the network's prediction, as a pipeline's scheduler states them."""
+    kind, schedule = told.get("prediction_type", "epsilon"), told.get("beta_schedule")
+    where = f"model {path!r}: scheduler/scheduler_config.json says"
+    if kind not in PREDICTIONS:
+        raise InputError(
+            f"{where} prediction_type={kind!r}, but a U-Net of this pipeline predicts one of {', '.join(PREDICTIONS)}"
+        )
+    if schedule not in ("linear", "scaled_linear") or told.get("trained_betas"):
+        raise InputError(f"{where} beta_schedule={schedule!r}, or gives its own betas; known are linear, scaled_linear")
+    if told.get("rescale_betas_zero_snr"):
+        raise InputError(f"{where} rescale_betas_zero_snr, which raydmd does not know")
+    betas = float(told["beta_start"]), float(told["beta_end"])
+    return VariancePreserving(*betas, schedule, int(told.get("num_train_timesteps", 1000))), PREDICTIONS[kind]
+
+
+def _size(config: Mapping[str, Any], scale: int) -> dict[str, int]:
+    """What :meth:`Family._image` asks of a U-Net."""
+    cell = 2 ** (len(config["block_out_channels"]) - 1)
+    return {"channels": config["in_channels"], "cell": cell, "side": config["sample_size"] * scale}
+
+
+def _check(family: Family, process: VariancePreserving, method: Method) -> None:
+    """Refuse a student's grid that no stock scheduler of a table walks."""
+    if method.shift != 1:
+        raise InputError(
+            f"method.shift={method.shift:g} does not fit {family.path!r}: its noise process is variance preserving, "
+            "whose schedulers know no shift. Set method.shift=1"
+        )
+    if process.entries % method.steps:
+        raise InputError(
+            f"method.steps={method.steps} does not fit {family.path!r}: its {process.entries} times do not divide "
+            f"into {method.steps} equal steps"
+        )
+
+
+def _length(family: Family, settings: recipes.Model, tokenizer: Any) -> int:
+    """The stock pipelines pad to the tokenizer's own length and can't be told another."""
+    own = int(tokenizer.model_max_length)
+    if settings.text_length not in (None, own):
+        raise InputError(
+            f"model.text_length={settings.text_length} does not fit {family.path!r}: its pipeline always pads to {own}"
+        )
+    return own
