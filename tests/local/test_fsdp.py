@@ -50,7 +50,7 @@ def test_times_stay_exact_and_checkpoints_hold_the_masters(group, two_experts, t
     network = resumed.student.denoisers["transformer"].network
     handle = network.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     latent = resumed.family.shape().latent
-    cond = Conditions(embeds=torch.zeros(1, resumed.family.text_length(), 16))
+    cond = Conditions(embeds=torch.zeros(1, resumed.family.text_length(), 24))
     with torch.no_grad():
         resumed.student.experts.raw(torch.randn(1, *latent), torch.tensor([0.9375]), cond)
     handle.remove()

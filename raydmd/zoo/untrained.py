@@ -1,0 +1,429 @@
+"""Tiny pipelines with random weights, one of every family: to try code on, not to look at.
+
+Each is a whole pipeline of the stock classes, with text encoders and a tokenizer that knows the words it is given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+WIDTH = 24
+"""Of every text encoder but CLIP's."""
+CLIP, CLIP_2 = 8, 12
+PAD, END = 0, 1
+
+
+def word_tokenizer(words: Sequence[str], *, length: int = 6) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; others are all the same to it."""
+    known = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    raw = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def clip(kind: Any, tokenizer: PreTrainedTokenizerFast, width: int) -> Any:
+    """A CLIP text encoder of two layers."""
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=16,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=PAD,
+            bos_token_id=END,
+            eos_token_id=END,
+        )
+    )
+
+
+def t5(tokenizer: PreTrainedTokenizerFast, kind: Any = T5EncoderModel, config: Any = T5Config) -> Any:
+    """A T5 encoder of one layer, or its multilingual kin."""
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return kind(config(vocab_size=len(tokenizer), **sizes, is_encoder_decoder=False, use_cache=False))
+
+
+def image_vae(*, levels: int, channels: int = 4, shift: float | None = 0.06) -> AutoencoderKL:
+    """An AutoencoderKL that scales by ``2 ** (levels - 1)``."""
+    return AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=8 * 2 ** (levels - 1),
+        scaling_factor=1.5,
+        shift_factor=shift,
+    )
+
+
+def wan(words: Sequence[str], *, experts: int = 2, heads: int = 2, layers: int = 2, boundary: float = 0.875) -> Any:
+    """A WanPipeline, of one expert (2.1) or two (2.2)."""
+    tokenizer = word_tokenizer(words)
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=heads,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=WIDTH,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
+        for _ in range(experts)
+    ]
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer, UMT5EncoderModel, UMT5Config),
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=transformers[0],
+        transformer_2=transformers[1] if experts == 2 else None,
+        boundary_ratio=boundary if experts == 2 else None,
+    )
+
+
+def sd3(words: Sequence[str], *, heads: int = 2, layers: int = 2, with_t5: bool = True) -> Any:
+    """A StableDiffusion3Pipeline, with T5 or without."""
+    tokenizer = word_tokenizer(words)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=layers,
+        attention_head_dim=12,
+        num_attention_heads=heads,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=12 * heads,
+        pooled_projection_dim=CLIP + CLIP_2,
+        pos_embed_max_size=6,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),  # as SD3.5-medium has them
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(levels=2, channels=8),
+        text_encoder=clip(CLIPTextModelWithProjection, tokenizer, CLIP),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, CLIP_2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5(tokenizer) if with_t5 else None,
+        tokenizer_3=tokenizer if with_t5 else None,
+    )
+
+
+def _unet(**settings: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        **settings,
+    )
+
+
+def _betas(**settings: Any) -> DDIMScheduler:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **settings)
+
+
+def sd15(words: Sequence[str], *, prediction: str = "epsilon") -> Any:
+    """A StableDiffusionPipeline: 1.5's, or 2.x's with ``v_prediction``."""
+    tokenizer = word_tokenizer(words)
+    return StableDiffusionPipeline(
+        vae=image_vae(levels=2, shift=None),
+        text_encoder=clip(CLIPTextModel, tokenizer, CLIP_2),
+        tokenizer=tokenizer,
+        unet=_unet(cross_attention_dim=CLIP_2, attention_head_dim=4),
+        scheduler=_betas(prediction_type=prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(words: Sequence[str]) -> Any:
+    """A StableDiffusionXLPipeline."""
+    tokenizer = word_tokenizer(words)
+    unet = _unet(
+        cross_attention_dim=CLIP + CLIP_2,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 1),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + CLIP_2,
+    )
+    return StableDiffusionXLPipeline(
+        vae=image_vae(levels=2, shift=None),
+        text_encoder=clip(CLIPTextModel, tokenizer, CLIP),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, CLIP_2),
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=_betas(),
+        add_watermarker=False,
+    )
+
+
+def lumina2(words: Sequence[str]) -> Any:
+    """A Lumina2Pipeline."""
+    tokenizer = word_tokenizer(words, length=48)  # behind a system prompt of some thirty words
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=16,
+            pad_token_id=PAD,
+        )
+    )
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        ffn_dim_multiplier=None,
+        norm_eps=1e-5,
+        scaling_factor=1.0,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(128, 128, 128),
+        cap_feat_dim=WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=image_vae(levels=4),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def qwen_image(words: Sequence[str]) -> Any:
+    """A QwenImagePipeline."""
+    tokenizer = word_tokenizer(words, length=1024)
+    size = len(tokenizer)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": size + 8,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+                "rope_theta": 1e6,
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=size + 1,
+            video_token_id=size + 2,
+            vision_start_token_id=size + 3,
+            vision_end_token_id=size + 4,
+            vision_token_id=size + 5,
+        )
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=12,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.2, 0.8, 1.0, 1.1],
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def z_image(words: Sequence[str]) -> Any:
+    """A ZImagePipeline."""
+    tokenizer = word_tokenizer(words, length=16)
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        qk_norm=True,
+        cap_feat_dim=WIDTH,
+        rope_theta=256.0,
+        t_scale=1000.0,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(levels=2),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def flux(words: Sequence[str], *, guidance_embeds: bool = False) -> Any:
+    """A FluxPipeline; with ``guidance_embeds`` a guidance-distilled one, like FLUX.1-dev."""
+    tokenizer = word_tokenizer(words)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=CLIP,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=image_vae(levels=2),
+        text_encoder=clip(CLIPTextModel, tokenizer, CLIP),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(tokenizer),
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    )
+
+
+PIPELINES: dict[str, Callable[..., Any]] = {
+    "wan22": wan,
+    "sd3": sd3,
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "lumina2": lumina2,
+    "qwen-image": qwen_image,
+    "z-image": z_image,
+    "flux": flux,
+}
+
+
+def write(kind: str, folder: Path, words: Sequence[str], *, seed: int = 0, **settings: Any) -> Path:
+    """Write a pipeline with random weights, the same for a seed, and return its folder.
+
+    Args:
+        kind: one of :data:`PIPELINES`.
+        folder: made if it is not there.
+        words: that its tokenizer knows.
+        seed: of its weights.
+        settings: of the kind.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        PIPELINES[kind](words, **settings).save_pretrained(folder, safe_serialization=True)
+    return folder
