@@ -7,7 +7,8 @@ weights with the paper's settings.
 from pathlib import Path
 
 from raydmd.cli import experiment
-from raydmd.recipe import Evaluation, Lora, Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import Method
 from raydmd.zoo.settings import TRAINING
 

@@ -100,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def in_zoo(model: str) -> bool:
-    """Whether ``model`` names a pipeline that ships with the package."""
+    """Whether ``model`` names a pipeline that ships with the package, or one that it makes on first use."""
     plain = model not in ("", ".", "..") and "/" not in model
-    return plain and resources.files("raydmd.zoo").joinpath("data", model).is_dir()
+    ships = plain and resources.files("raydmd.zoo").joinpath("data", model).is_dir()
+    return ships or (plain and model.endswith("-untrained"))
 
 
 def read_overrides(words: Sequence[str], *, files: int = 0) -> tuple[list[str], list[str]]:

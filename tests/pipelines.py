@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raydmd.zoo.untrained import write
+from raydmd.models.untrained import write
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,8 +1,9 @@
 """Where a model named in a recipe lies, and what its folder or hub id says about itself.
 
-A zoo name stands for package data and is looked up in every process anew, so that a recipe means the
-same on every node. A pipeline's folder may hold ``raydmd.json`` with defaults for what the diffusers
-format does not say: frames, height, width, and the names of a prompt file and two judges beside it.
+A zoo name stands for package data, or for a pipeline with random weights that is made on first use, and is looked up
+in every process anew, so that a recipe means the same on every node. A pipeline's folder may hold ``raydmd.json`` with
+defaults for what the diffusers format does not say: frames, height, width, and the names of a prompt file and two
+judges beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from raydmd.recipe import Model
 
 ZOO = Path(__file__).parent.parent / "zoo" / "data"
+UNTRAINED = "-untrained"
+"""How the names of pipelines with random weights end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ def locate(settings: Model) -> Place:
     named = ZOO / settings.path
     is_name = "/" not in settings.path and settings.path not in ("", ".", "..")
     folder = named if is_name and named.is_dir() else Path(settings.path)
+    if is_name and settings.path.endswith(UNTRAINED) and not folder.is_dir():
+        from raydmd.models.untrained import kept  # heavy
+
+        folder = kept(settings.path.removesuffix(UNTRAINED), like=ZOO / "wan22-tiny" / "prompts.txt")
     about = folder / "raydmd.json"
     if not about.is_file():
         return Place(settings=settings)

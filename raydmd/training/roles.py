@@ -225,7 +225,7 @@ def _shard(denoiser: Denoiser, precision: str) -> None:
         cast_forward_inputs=False,
     )
     blocks = set(denoiser.network._no_split_modules or ())
-    for module in denoiser.network.modules():
+    for module in reversed(list(denoiser.network.modules())):  # a U-Net's blocks lie in each other: inner ones first
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=policy)
     # A root that stays gathered after a forward without backward would show bf16 copies to a checkpoint.

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydmd.recipe import Placement, derive
+from raydmd.recipe_evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from raydmd.recipe import Recipe
 
 TRAINING: dict[str, Any] = {
     "fake_updates": 3,
@@ -16,3 +23,26 @@ TRAINING: dict[str, Any] = {
     "decay": 0.4,
 }
 """Half a million parameters an expert instead of billions: full fine-tuning, at the rates that such a size needs."""
+
+
+def on_zoo(paper: Recipe, model: str, *, cycles: int = 200, **changes: Any) -> Recipe:
+    """A paper's recipe on a tiny pipeline: its method, at sizes and rates that a laptop trains in minutes.
+
+    Args:
+        paper: with the paper's settings.
+        model: a zoo name.
+        cycles: student updates.
+        changes: whatever else differs, as for :func:`raydmd.recipe.derive`.
+    """
+    return derive(
+        paper,
+        {
+            "name": f"{paper.name}-{model.rpartition('-')[2]}",
+            "output": Path("runs"),
+            "model": {"path": model, "frames": None, "height": None, "width": None},
+            "training": TRAINING | {"cycles": cycles, "batch": 48},
+            "placement": Placement(workers=2).model_dump(),
+            "evaluation": Evaluation().model_dump(),
+        }
+        | changes,
+    )

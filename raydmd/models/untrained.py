@@ -5,6 +5,12 @@ Each is a whole pipeline of the stock classes, with text encoders and a tokenize
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +55,11 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from raydmd import __version__
+from raydmd.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 WIDTH = 24
 """Of every text encoder but CLIP's."""
@@ -401,8 +409,14 @@ def flux(words: Sequence[str], *, guidance_embeds: bool = False) -> Any:
     )
 
 
+def wan21(words: Sequence[str]) -> Any:
+    """A WanPipeline of one expert."""
+    return wan(words, experts=1)
+
+
 PIPELINES: dict[str, Callable[..., Any]] = {
     "wan22": wan,
+    "wan21": wan21,
     "sd3": sd3,
     "sd15": sd15,
     "sdxl": sdxl,
@@ -411,6 +425,16 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "z-image": z_image,
     "flux": flux,
 }
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "wan22": {"frames": 9, "height": 32, "width": 32},
+    "wan21": {"frames": 9, "height": 32, "width": 32},
+    "qwen-image": {"height": 32, "width": 32},
+    "z-image": {"height": 16, "width": 16},
+    "flux": {"height": 16, "width": 16},
+}
+"""Of samples, where a pipeline's own default is the real one's."""
 
 
 def write(kind: str, folder: Path, words: Sequence[str], *, seed: int = 0, **settings: Any) -> Path:
@@ -426,4 +450,34 @@ def write(kind: str, folder: Path, words: Sequence[str], *, seed: int = 0, **set
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         PIPELINES[kind](words, **settings).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def kept(kind: str, *, like: Path) -> Path:
+    """The folder of an untrained pipeline in this machine's cache, made on first use.
+
+    Args:
+        kind: one of :data:`PIPELINES`.
+        like: a file of prompts, which its tokenizer knows the words of and which come with it.
+
+    Raises:
+        InputError: if there is no such kind.
+    """
+    if kind not in PIPELINES:
+        raise InputError(f"there is no untrained pipeline {kind!r}; there are {', '.join(PIPELINES)}")
+    root = Path(os.environ.get("RAYDMD_CACHE") or Path.home() / ".cache" / "raydmd") / "zoo"
+    folder = root / f"{kind}-{__version__}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    prompts = like.read_text(encoding="utf-8")
+    made = Path(tempfile.mkdtemp(dir=root, prefix=f".{kind}-"))
+    write(kind, made, sorted(set(prompts.split())))
+    (made / "prompts.txt").write_text(prompts, encoding="utf-8")
+    about = SIZES.get(kind, {}) | {"prompts": "prompts.txt"}
+    (made / "raydmd.json").write_text(json.dumps(about), encoding="utf-8")
+    try:
+        made.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(made)
     return folder
