@@ -5,7 +5,7 @@ Latents are normalised as the denoiser sees them; pixels are ``(B, frames, 3, H,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -32,15 +32,19 @@ class Autoencoder(Protocol):
 
 
 class ImageAutoencoder:
-    """An AutoencoderKL: latents are ``(z - shift_factor) * scaling_factor``.
+    """An AutoencoderKL: latents are ``(z - centre) * scaling_factor / spread``.
 
     Args:
         path: the pipeline's folder or hub id.
         revision: keywords of ``from_pretrained`` that name it.
+        centre: what its pipeline goes by: the VAE's ``shift_factor``, its ``statistics`` per channel where it has
+            some (SDXL), or ``none``. Centre is 0 and spread 1 but for that.
     """
 
-    def __init__(self, path: str, revision: Mapping[str, str]) -> None:
-        self._path, self._revision = path, dict(revision)
+    def __init__(
+        self, path: str, revision: Mapping[str, str], *, centre: Literal["shift_factor", "statistics", "none"]
+    ) -> None:
+        self._path, self._revision, self._centre = path, dict(revision), centre
         self.config: dict[str, Any] = AutoencoderKL.load_config(path, subfolder="vae", **self._revision)
         self.scale = 2 ** (len(self.config["block_out_channels"]) - 1)
         self._loaded: AutoencoderKL | None = None
@@ -51,26 +55,35 @@ class ImageAutoencoder:
 
     def render(self, latents: Tensor) -> Tensor:
         """See :class:`Autoencoder`."""
-        vae, shift = self._on(latents.device)
-        image = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]
+        vae, centre, spread = self._on(latents.device)
+        image = vae.decode(latents * spread / vae.config.scaling_factor + centre, return_dict=False)[0]
         pixels: Tensor = (image / 2 + 0.5)[:, None]
         return pixels
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """See :class:`Autoencoder`."""
-        vae, shift = self._on(pixels.device)
+        vae, centre, spread = self._on(pixels.device)
         mode = vae.encode(2 * pixels[:, 0] - 1).latent_dist.mode()
-        latents: Tensor = (mode - shift) * vae.config.scaling_factor
+        latents: Tensor = (mode - centre) * vae.config.scaling_factor / spread
         return latents
 
-    def _on(self, device: torch.device) -> tuple[AutoencoderKL, float]:
+    def _on(self, device: torch.device) -> tuple[AutoencoderKL, Tensor | float, Tensor | float]:
+        """The module, its latents' centre and their spread."""
         if self._loaded is None:
             self._loaded = AutoencoderKL.from_pretrained(
                 self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
             ).to(device)
             self._loaded.requires_grad_(False)
-        return self._loaded, self._loaded.config.shift_factor or 0.0
+        config = self._loaded.config
+        if self._centre == "shift_factor":
+            return self._loaded, config.shift_factor or 0.0, 1.0
+        if self._centre == "statistics" and config.latents_mean is not None and config.latents_std is not None:
+            mean, std = (
+                torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+            )
+            return self._loaded, mean, std
+        return self._loaded, 0.0, 1.0
 
 
 class VideoAutoencoder:

@@ -93,7 +93,7 @@ class Flux(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("transformer", "vae", *self.text_parts)
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="shift_factor")
         config = self._config(FluxTransformer2DModel, "transformer")
         self._embedded = bool(config["guidance_embeds"])
         channels = config["in_channels"] // CELL**2

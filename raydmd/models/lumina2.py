@@ -70,7 +70,7 @@ class Lumina2(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("transformer", "vae", *self.text_parts)
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="shift_factor")
         config = self._config(Lumina2Transformer2DModel, "transformer")
         scale, cell = self.autoencoder.scale, config["patch_size"]
         if scale != VAE_SCALE:

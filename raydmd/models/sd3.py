@@ -82,7 +82,7 @@ class StableDiffusion3(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="shift_factor")
         config = self._config(SD3Transformer2DModel, "transformer")
         cell, scale = config["patch_size"], self.autoencoder.scale
         most = config["pos_embed_max_size"] * cell * scale

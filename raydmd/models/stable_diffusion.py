@@ -88,7 +88,7 @@ class StableDiffusion(Family):
         super().__init__(settings, index)
         self._require("unet", "vae", "scheduler", *self.text_parts)
         self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="none")
         self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
 
     def check(self, method: Method) -> None:
@@ -150,7 +150,7 @@ class StableDiffusionXL(Family):
         super().__init__(settings, index)
         self._require("unet", "vae", "scheduler", *self.text_parts)
         self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="statistics")
         self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
 
     def check(self, method: Method) -> None:

@@ -104,7 +104,7 @@ def t5(tokenizer: PreTrainedTokenizerFast, kind: Any = T5EncoderModel, config: A
     return kind(config(vocab_size=len(tokenizer), **sizes, is_encoder_decoder=False, use_cache=False))
 
 
-def image_vae(*, levels: int, channels: int = 4, shift: float | None = 0.06) -> AutoencoderKL:
+def image_vae(*, levels: int, channels: int = 4, **settings: Any) -> AutoencoderKL:
     """An AutoencoderKL that scales by ``2 ** (levels - 1)``."""
     return AutoencoderKL(
         block_out_channels=(8,) * levels,
@@ -115,7 +115,7 @@ def image_vae(*, levels: int, channels: int = 4, shift: float | None = 0.06) -> 
         norm_num_groups=4,
         sample_size=8 * 2 ** (levels - 1),
         scaling_factor=1.5,
-        shift_factor=shift,
+        **({"shift_factor": 0.06} | settings),
     )
 
 
@@ -207,7 +207,7 @@ def sd15(words: Sequence[str], *, prediction: str = "epsilon") -> Any:
     """A StableDiffusionPipeline: 1.5's, or 2.x's with ``v_prediction``."""
     tokenizer = word_tokenizer(words)
     return StableDiffusionPipeline(
-        vae=image_vae(levels=2, shift=None),
+        vae=image_vae(levels=2),
         text_encoder=clip(CLIPTextModel, tokenizer, CLIP_2),
         tokenizer=tokenizer,
         unet=_unet(cross_attention_dim=CLIP_2, attention_head_dim=4),
@@ -231,7 +231,7 @@ def sdxl(words: Sequence[str]) -> Any:
         projection_class_embeddings_input_dim=6 * 8 + CLIP_2,
     )
     return StableDiffusionXLPipeline(
-        vae=image_vae(levels=2, shift=None),
+        vae=image_vae(levels=2, latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.2, 0.8, 1.0, 1.1]),
         text_encoder=clip(CLIPTextModel, tokenizer, CLIP),
         tokenizer=tokenizer,
         text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, CLIP_2),

@@ -70,7 +70,7 @@ class ZImage(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("transformer", "vae", *self.text_parts)
-        self.autoencoder = ImageAutoencoder(self.path, self.revision)
+        self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="shift_factor")
         config = self._config(ZImageTransformer2DModel, "transformer")
         cell = config["all_patch_size"][0]
         self._shape = self._image(channels=config["in_channels"], cell=cell, side=128 * self.autoencoder.scale)
