@@ -1,16 +1,14 @@
 """DP-DMD of Stable Diffusion 3.5 medium, text to image (arXiv:2602.03139).
 
-Without arguments: the zoo's sd35-tiny on a local Ray, in minutes. With --model and --prompts: real
-weights with the paper's settings.
+Without arguments: the zoo's sd35-tiny on a local Ray, in minutes. With --model and --prompts: real weights with the
+paper's settings.
 """
 
-from pathlib import Path
-
 from raydmd.cli import experiment
-from raydmd.recipe import Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Model, Placement, Recipe, Role, Training
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import Anchor, Method
-from raydmd.zoo.settings import TRAINING
+from raydmd.zoo.settings import on_zoo
 
 # 6,000 iterations as the authors' code counts them: five of the fake score for each of the student.
 PAPER = Recipe(
@@ -33,17 +31,7 @@ PAPER = Recipe(
     placement=Placement(workers=8, teachers=1, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1),
 )
 
-ZOO = derive(
-    PAPER,
-    {
-        "name": "dp-dmd-sd35-tiny",
-        "output": Path("runs"),
-        "model": {"path": "sd35-tiny", "height": None, "width": None},
-        "training": TRAINING | {"cycles": 400, "batch": 48},
-        "placement": Placement(workers=2).model_dump(),
-        "evaluation": Evaluation().model_dump(),
-    },
-)
+ZOO = on_zoo(PAPER, "sd35-tiny", cycles=400)
 
 if __name__ == "__main__":
     experiment(zoo=ZOO, paper=PAPER, doc=__doc__)

@@ -1,16 +1,14 @@
 """Phased DMD of a two-expert Wan2.2 text-to-video pipeline (arXiv:2510.27684).
 
-Without arguments: the zoo's wan22-tiny on a local Ray, in minutes. With --model and --prompts: real
-weights with the paper's settings.
+Without arguments: the zoo's wan22-tiny on a local Ray, in minutes. With --model and --prompts: real weights with the
+paper's settings.
 """
 
-from pathlib import Path
-
 from raydmd.cli import experiment
-from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import Method
-from raydmd.zoo.settings import TRAINING
+from raydmd.zoo.settings import on_zoo
 
 PAPER = Recipe(
     name="phased-wan22",
@@ -32,17 +30,7 @@ PAPER = Recipe(
     ),
 )
 
-ZOO = derive(
-    PAPER,
-    {
-        "name": "phased-wan22-tiny",
-        "output": Path("runs"),
-        "model": {"path": "wan22-tiny", "frames": None, "height": None, "width": None},
-        "training": TRAINING | {"cycles": 360, "batch": 48},
-        "placement": Placement(workers=2).model_dump(),
-        "evaluation": Evaluation().model_dump(),
-    },
-)
+ZOO = on_zoo(PAPER, "wan22-tiny", cycles=360)
 
 if __name__ == "__main__":
     experiment(zoo=ZOO, paper=PAPER, doc=__doc__)

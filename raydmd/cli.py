@@ -57,7 +57,14 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Click leaves what it doesn't know in ``ctx.args``; :func:`read_overrides` reads it strictly."""
 
 
-def experiment(*, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
+def experiment(
+    *,
+    zoo: Recipe,
+    paper: Recipe,
+    doc: str | None = None,
+    pairs: tuple[int, int] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
     """Run an experiment script: read its command line, resolve its recipe, run it, exit.
 
     Args:
@@ -65,6 +72,7 @@ def experiment(*, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequ
             is not of the zoo is named by flag, key or recipe file.
         paper: the parent recipe with the paper's settings, for real weights.
         doc: what ``--help`` says; pass ``__doc__``.
+        pairs: how many noise-image pairs the script makes where there are none, with a zoo model and without.
         argv: arguments; default: those of the process.
     """
 
@@ -74,7 +82,7 @@ def experiment(*, zoo: Recipe, paper: Recipe, doc: str | None = None, argv: Sequ
     app = _app()
     script = Path(sys.argv[0]).name
     app.command(help=doc, epilog=EPILOG, context_settings=PASS_ON, options_metavar=USAGE)(
-        _front(parent, takes_file=False)
+        _front(parent, takes_file=False, pairs=pairs)
     )
     app(args=None if argv is None else list(argv), prog_name=script)
     raise AssertionError("typer exits by itself")
@@ -171,7 +179,9 @@ _RecipeFile = Annotated[
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and exit.")]
 
 
-def _front(parent: Callable[[str | None], Recipe], *, takes_file: bool) -> Callable[..., None]:
+def _front(
+    parent: Callable[[str | None], Recipe], *, takes_file: bool, pairs: tuple[int, int] | None = None
+) -> Callable[..., None]:
     """The command that all runs share; ``parent`` picks by model the recipe to differ from."""
 
     def run_recipe(
@@ -203,7 +213,8 @@ def _front(parent: Callable[[str | None], Recipe], *, takes_file: bool) -> Calla
         if dry_run:
             typer.echo(resolved.to_yaml(), nl=False)
             raise typer.Exit(DONE)
-        raise typer.Exit(_guard(lambda: _run(resolved, max_cycles), resolved))
+        wanted = pairs and pairs[0 if in_zoo(resolved.model.path) else 1]
+        raise typer.Exit(_guard(lambda: _run(resolved, max_cycles, pairs=wanted), resolved))
 
     return run_recipe
 
@@ -215,9 +226,13 @@ def _resolve(parent: Callable[[str | None], Recipe], file: Path | None, override
     return combine(parent(None if model is None else str(model)), file=file, overrides=overrides)
 
 
-def _run(recipe: Recipe, max_cycles: int | None) -> int:
+def _run(recipe: Recipe, max_cycles: int | None, *, pairs: int | None = None) -> int:
     from raydmd.training.run import run
 
+    if pairs and recipe.method.regression:
+        from raydmd.training.make_pairs import make_missing
+
+        make_missing(recipe, pairs)
     return run(recipe, max_cycles=max_cycles) or DONE
 
 

@@ -14,6 +14,7 @@ from raydmd.errors import DONE
 from raydmd.models import load_conditions, load_family, load_teacher
 from raydmd.models.places import locate
 from raydmd.pairs.make import begin, make_pairs
+from raydmd.pairs.manifest import MANIFEST, Manifest
 from raydmd.pairs.origin import folder_of, origin_of
 from raydmd.serving.engine import TeacherEngine, load_teacher_engine
 from raydmd.serving.local import LocalClient
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raydmd.models.family import Family
-    from raydmd.pairs.manifest import Manifest, Origin
+    from raydmd.pairs.manifest import Origin
     from raydmd.recipe import Recipe
     from raydmd.serving.client import Client
 
@@ -69,6 +70,13 @@ def make(recipe: Recipe, count: int, folder: Path | None = None, *, shard: int |
                 make_pairs(folder, manifest, len(prompts), client, ahead=ahead, tell=teller(manifest))
     print(f"pairs     {folder} ({count} pairs in {origin.shards} shard(s))")
     return DONE
+
+
+def make_missing(recipe: Recipe, count: int) -> None:
+    """Make a recipe's pairs as :func:`make` does, unless its folder has some of another number already."""
+    folder = lasting(folder_of(recipe))
+    if not (folder / MANIFEST).is_file() or Manifest.read(folder).origin.count == count:
+        make(recipe, count)
 
 
 @contextlib.contextmanager
