@@ -100,6 +100,10 @@ class Family(ABC):
         """Shape of one sample."""
         return self._shape
 
+    def experts_held(self) -> tuple[str, ...]:
+        """Experts that the pipeline class has a place for."""
+        return (self.network,)
+
     def check(self, method: Method) -> None:
         """Refuse a method that this pipeline cannot be trained or sampled with.
 
@@ -162,7 +166,7 @@ class Family(ABC):
         Experts that the pipeline has no place for lie beside it; :meth:`usage` says how they take turns.
         """
         pipeline = self._text_pipeline()
-        parts = {name: module for name, module in experts.items() if name in pipeline.components}
+        parts = {name: module for name, module in experts.items() if name in self.experts_held()}
         scheduler = self.scheduler(steps=steps, shift=shift, stochastic=stochastic)
         pipeline.register_modules(vae=self.autoencoder.stock(), scheduler=scheduler, **parts)
         self._configure(pipeline, boundaries)
@@ -202,18 +206,41 @@ class Family(ABC):
         """Parts that the stock pipeline must be told are not there."""
         return tuple(part for part in self.text_parts if not self._has(part))
 
-    def usage(self, *, steps: int) -> str:
-        """Python that samples an exported student with stock diffusers, for its model card."""
-        name, absent = self.pipeline.__name__, "".join(f", {part}=None" for part in self.absent())
-        call = "\n".join(f"    {key}={value!r}," for key, value in self.sampling(steps=steps).items())
-        result = "frames = pipe(" if self._shape.frames > 1 else "image = pipe("
-        end = ").frames" if self._shape.frames > 1 else ").images[0]"
-        return f"""from diffusers import {name}
+    def usage(self, *, steps: int, beside: Mapping[str, int] | None = None, kind: str = "") -> str:
+        """Python that samples an exported student with stock diffusers, for its model card.
 
-pipe = {name}.from_pretrained("this/folder"{absent})
+        Args:
+            steps: of the student.
+            beside: experts that the pipeline has no place for, and the step that each begins with.
+            kind: diffusers' class of the experts.
+        """
+        pipeline, absent = self.pipeline.__name__, "".join(f", {part}=None" for part in self.absent())
+        call = "\n".join(f"    {key}={value!r}," for key, value in self.sampling(steps=steps).items())
+        result, end = ("frames = pipe(", ").frames") if "num_frames" in call else ("image = pipe(", ").images[0]")
+        start = f'pipe = {pipeline}.from_pretrained("this/folder"{absent})'
+        if not beside:
+            return f'from diffusers import {pipeline}\n\n{start}\n{result}\n    "your prompt",\n{call}\n{end}'
+        others = "\n".join(
+            f'    {step}: {kind}.from_pretrained("this/folder", subfolder="{expert}"),'
+            for expert, step in beside.items()
+        )
+        return f"""from diffusers import {kind}, {pipeline}
+
+{start}
+experts = {{
+    0: pipe.{self.network},
+{others}
+}}
+
+def take_turns(pipe, step, time, values):
+    pipe.{self.network} = experts.get(step + 1, pipe.{self.network})
+    return values
+
+pipe.{self.network} = experts[0]
 {result}
     "your prompt",
 {call}
+    callback_on_step_end=take_turns,
 {end}"""
 
     @property

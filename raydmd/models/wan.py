@@ -94,6 +94,10 @@ class Wan(Family):
         latent = (config["in_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
         return Shape(latent=latent, frames=frames, height=height, width=width)
 
+    def experts_held(self) -> tuple[str, ...]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return EXPERTS
+
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
         if len(method.boundaries) + 1 > len(EXPERTS):

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from raydmd import __version__
 from raydmd.errors import RunFailed
+from raydmd.methods.phases import split_grid
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts
+from raydmd.process import step_grid
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
 from raydmd.training.worker import STUDENT
 
@@ -82,7 +84,7 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
         boundaries=routing.boundaries,
         stochastic=solver(recipe) == "renoise",
     )
-    (pipeline / "README.md").write_text(_card(recipe, family), encoding="utf-8")
+    (pipeline / "README.md").write_text(_card(recipe, family, denoisers), encoding="utf-8")
     written.append(pipeline)
     for path in written:
         readable(path)
@@ -103,7 +105,12 @@ def solver(recipe: Recipe) -> Solver:
     return recipe.method.solver
 
 
-def _card(recipe: Recipe, family: Family) -> str:
+def _card(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser]) -> str:
+    m, held = recipe.method, family.experts_held()
+    starts = [part.start for part in split_grid(step_grid(m.steps, m.shift), m.boundaries)]
+    begins = dict(zip(student_routing(m, family.routing()).experts, starts, strict=False)) if m.boundaries else {}
+    beside = {expert: step for expert, step in begins.items() if expert not in held}
+    kind = type(next(iter(denoisers.values())).network).__name__
     # What was trained, and nothing of where: an address of a tracking server may hold a password.
     shown = yaml.safe_dump(recipe.model_dump(mode="json", include={"seed", "method", "training"}), sort_keys=False)
     # A hub id is worth naming whole; a folder of this machine is not.
@@ -119,7 +126,7 @@ A {recipe.method.steps}-step student of `{base}`, distilled with
 {recipe.method.steps} steps: the scheduler in this folder walks the student's own times.
 
 ```python
-{family.usage(steps=recipe.method.steps)}
+{family.usage(steps=m.steps, beside=beside, kind=kind)}
 ```
 
 <details><summary>Recipe</summary>

@@ -199,6 +199,30 @@ def test_the_export_gives_stock_diffusers_the_same_picture(kind, folder, tmp_pat
         assert (shown(undistilled) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["sd3", "sdxl", "qwen-image"], indirect=True)
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 2.0}], ids=["full", "lora"])
+def test_two_phases_of_one_network_take_turns_as_the_model_card_says(kind, folder, tmp_path, lora):
+    shift, boundary = (1.0, 0.6) if kind == "sdxl" else (3.0, 0.8)
+    r = recipe(kind, folder, tmp_path, {"name": "phased", "boundaries": [boundary], "shift": shift, "steps": 3}, lora)
+    if kind == "sdxl":
+        r = derive(r, {"method.steps": 4})
+    family, table = trained(r)
+    denoisers = load_student(r, family, max(r.folder.glob("cycle-*-final")))
+    assert len(denoisers) == 2
+    student, noise, cond = student_experts(r, family, denoisers), seeded(family), table.rows([1])
+    steps = r.method.steps
+    latents = sample(student, noise, cond, cond, grid=step_grid(steps, shift), guidance=Guidance())
+    expected = family.decode(latents)[0]
+    export(r, family, denoisers, r.folder)
+    code = (r.folder / "pipeline" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("this/folder", str(r.folder / "pipeline")).replace("your prompt", PROMPTS[0])
+    known: dict[str, Any] = {"noise": theirs(kind, noise)}
+    exec(code.replace("callback_on_step_end", 'output_type="pt", latents=noise, callback_on_step_end'), known)
+    assert (known["image"] - expected[0]).abs().max() < 1e-4
+    first = known["pipe"](PROMPTS[0], latents=known["noise"], output_type="pt", **family.sampling(steps=steps)).images
+    assert (first - expected).abs().max() > 2e-4, "the second expert alone would do"
+
+
 def test_every_parameter_that_trains_gets_a_gradient(kind, folder, tmp_path):
     """Or two ranks under DDP would wait for it."""
     family = load_family(model(kind, folder))

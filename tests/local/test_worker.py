@@ -220,8 +220,8 @@ def test_bad_models_are_refused(two_experts, tmp_path):
         load_family(Model(path=str(tmp_path / "absent")))
     with pytest.raises(InputError, match=r"no model_index\.json"):
         load_family(Model(path=str(tmp_path)))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match="is a FluxPipeline; this version of raydmd distils WanPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(InputError, match="is a KandinskyPipeline; this version of raydmd distils WanPipeline"):
         load_family(Model(path=str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     with pytest.raises(InputError, match="has no transformer, vae, text_encoder, tokenizer"):
