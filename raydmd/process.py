@@ -2,7 +2,8 @@
 
 Conventions, stated once for the whole project: ``t`` in [0, 1] and ``t = 1`` is pure noise.
 ``x_t = alpha_t * x0 + sigma_t * epsilon``. ``flow`` is the velocity of rectified
-flow, ``epsilon - x0``; ``v`` is the VP velocity ``alpha * epsilon - sigma * x0``. Times are tensors of
+flow, ``epsilon - x0``; ``v`` is the VP velocity ``alpha * epsilon - sigma * x0``; ``edm`` is what EDM's
+network puts out, ``-v`` over ``sqrt(alpha^2 + sigma^2)``, of unit variance where the data is. Times are tensors of
 shape ``(B,)`` and are broadcast over latents of shape ``(B, ...)``. Conversions run in the dtype they
 are given; callers pass fp32 or fp64.
 """
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Prediction = Literal["flow", "epsilon", "x0", "v"]
+Prediction = Literal["flow", "epsilon", "x0", "v", "edm"]
 
 
 def over(t: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +68,9 @@ class Process(ABC):
             # x_t = alpha x0 + sigma eps and output = eps - x0 give x_t - sigma output = (alpha + sigma) x0.
             return (x_t - sigma * output) / (alpha + sigma)
         # v = alpha eps - sigma x0 gives alpha x_t - sigma v = (alpha^2 + sigma^2) x0.
-        return (alpha * x_t - sigma * output) / (alpha.square() + sigma.square())
+        variance = alpha.square() + sigma.square()
+        v = -variance.sqrt() * output if kind == "edm" else output
+        return (alpha * x_t - sigma * v) / variance
 
     def from_x0(self, kind: Prediction, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The inverse of :meth:`to_x0`; ``t`` must not be clean where the kind needs the noise."""
@@ -77,7 +80,14 @@ class Process(ABC):
         epsilon = (x_t - alpha * x0) / sigma
         if kind == "epsilon":
             return epsilon
-        return epsilon - x0 if kind == "flow" else alpha * epsilon - sigma * x0
+        if kind == "flow":
+            return epsilon - x0
+        v = alpha * epsilon - sigma * x0
+        return -v / (alpha.square() + sigma.square()).sqrt() if kind == "edm" else v
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Where sampling begins, at ``t = 1``, given standard normal noise; shape of ``noise``."""
+        return noise
 
     def score(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """``grad log p(x_t) = (alpha_t x0 - x_t) / sigma_t^2`` from a prediction of x0, shape of ``x_t``."""
@@ -168,6 +178,10 @@ class EDM(Process):
     def sigma(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
         return self.sigma_max * t**self.rho
+
+    def start(self, noise: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return self.sigma_max * noise
 
 
 def shift(u: Tensor, mu: float) -> Tensor:

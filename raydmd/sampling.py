@@ -41,7 +41,7 @@ def sample(
     Returns:
         Clean latents, shape of ``noise``.
     """
-    x = noise
+    x = experts.process.start(noise)
     for i, (now, after) in enumerate(itertools.pairwise(grid), start=1):
         t, s = (torch.full((len(x),), v, device=x.device) for v in (now, after))
         x0 = experts.guided_x0(x, t, cond, uncond, guidance, as_stock=True)

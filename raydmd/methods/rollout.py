@@ -97,7 +97,8 @@ class Rollout:
         """
         exits = self.exits(phase)
         exit_step = exits[int(draws.shared("exit") * len(exits))]
-        noise = x = draws.normal("noise", latent) if noise is None else noise
+        noise = draws.normal("noise", latent) if noise is None else noise
+        x = self.process.start(noise)
         first: Tensor | None = None
         for i in range(exit_step):
             anchor = self.anchored and i == 0 and phase.first == 0

@@ -28,6 +28,7 @@ FAMILIES = {
     "Lumina2Pipeline": ("lumina2", "Lumina2"),
     "ZImagePipeline": ("z_image", "ZImage"),
     "FluxPipeline": ("flux", "Flux"),
+    "ConsistencyModelPipeline": ("edm", "Edm"),
 }
 """Module and class of each diffusers pipeline's family; one alone is imported, since each brings much along."""
 

@@ -21,8 +21,8 @@ class Autoencoder(Protocol):
     scale: int
     """Pixels to a latent, along height and width."""
 
-    def stock(self) -> nn.Module:
-        """The diffusers module as it was saved, for export."""
+    def stock(self) -> nn.Module | None:
+        """The diffusers module as it was saved, for export; ``None`` where the pipeline has none."""
 
     def render(self, latents: Tensor) -> Tensor:
         """Pixels ``(B, frames, 3, H, W)`` of normalised latents, differentiable and not clamped."""

@@ -168,7 +168,8 @@ class Family(ABC):
         pipeline = self._text_pipeline()
         parts = {name: module for name, module in experts.items() if name in self.experts_held()}
         scheduler = self.scheduler(steps=steps, shift=shift, stochastic=stochastic)
-        pipeline.register_modules(vae=self.autoencoder.stock(), scheduler=scheduler, **parts)
+        vae = self.autoencoder.stock()
+        pipeline.register_modules(scheduler=scheduler, **parts, **({} if vae is None else {"vae": vae}))
         self._configure(pipeline, boundaries)
         pipeline.save_pretrained(folder, safe_serialization=True)
         for name, module in experts.items():

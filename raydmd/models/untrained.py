@@ -18,6 +18,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -31,6 +33,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -409,6 +412,24 @@ def flux(words: Sequence[str], *, guidance_embeds: bool = False) -> Any:
     )
 
 
+def edm(words: Sequence[str], *, classes: int = 10) -> Any:
+    """A ConsistencyModelPipeline of pictures of 16x16 pixels, in classes whose numbers are its prompts."""
+    del words
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
+    return ConsistencyModelPipeline(unet=unet, scheduler=CMStochasticIterativeScheduler())
+
+
 def wan21(words: Sequence[str]) -> Any:
     """A WanPipeline of one expert."""
     return wan(words, experts=1)
@@ -424,6 +445,7 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "qwen-image": qwen_image,
     "z-image": z_image,
     "flux": flux,
+    "edm": edm,
 }
 
 
@@ -470,7 +492,7 @@ def kept(kind: str, *, like: Path) -> Path:
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    prompts = like.read_text(encoding="utf-8")
+    prompts = "".join(f"{k}\n" for k in range(10)) if kind == "edm" else like.read_text(encoding="utf-8")
     made = Path(tempfile.mkdtemp(dir=root, prefix=f".{kind}-"))
     write(kind, made, sorted(set(prompts.split())))
     (made / "prompts.txt").write_text(prompts, encoding="utf-8")

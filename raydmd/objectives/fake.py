@@ -41,7 +41,10 @@ def subinterval_target(process: Process, kind: Prediction, x_s: Tensor, noise: T
         return x0
     if kind == "epsilon":
         return epsilon
-    return epsilon - x0 if kind == "flow" else alpha_t * epsilon - sigma_t * x0
+    if kind == "flow":
+        return epsilon - x0
+    v = alpha_t * epsilon - sigma_t * x0
+    return -v / (alpha_t.square() + sigma_t.square()).sqrt() if kind == "edm" else v
 
 
 def subinterval_weight(process: Process, s: Tensor, t: Tensor, *, cap: float) -> Tensor:

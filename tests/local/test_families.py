@@ -51,7 +51,7 @@ USUAL = {"guidance_scale": SCALE, "negative_prompt": ""}
 PACKED = ("qwen-image", "flux")
 
 
-@pytest.fixture(scope="module", params=list(PIPELINES))
+@pytest.fixture(scope="module", params=[kind for kind in PIPELINES if kind != "edm"])
 def kind(request) -> str:
     return request.param
 
@@ -285,3 +285,73 @@ def test_a_missing_text_encoder_is_named(tmp_path):
     index.write_text(index.read_text().replace('"text_encoder_2": [', '"text_encoder_9": ['))
     with pytest.raises(InputError, match="has no text_encoder_2; a whole pipeline is needed"):
         load_family(Model(path=str(folder)))
+
+
+def edm_recipe(folder: Path, output: Path, steps: int) -> Recipe:
+    method = {"name": "dmd2", "guidance": 1.0, "steps": steps, "shift": 1.0}
+    return derive(recipe("sdxl", folder, output, method, None), {"model.path": str(folder)})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_edm_student_is_what_the_stock_consistency_pipeline_samples(tmp_path, steps):
+    folder = write("edm", tmp_path / "edm", WORDS)
+    r = edm_recipe(folder, tmp_path, steps)
+    r.folder.mkdir(parents=True)
+    family = load_family(r.model)
+    family.check(r.method)
+    table = load_conditions(family.encode([str(k) for k in range(10)], r.folder / "conditions"))
+    teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
+    job = Job(recipe=r, family=family, conditions=table)
+    client = LocalClient(TeacherEngine(teacher, table, sample_shape=family.shape().latent))
+    assert Worker(job, client, FolderSession(r.folder), EventLog(r.folder / "events.jsonl")).run() == "finished"
+    denoisers = load_student(r, family, max(r.folder.glob("cycle-*-final")))
+    noise, cond = seeded(family), table.rows([1 + 7])
+
+    def walked(experts: Any) -> Tensor:
+        torch.manual_seed(0)
+        draw = lambda _: torch.randn(noise.shape)  # noqa: E731
+        grid = step_grid(steps, 1.0)
+        return family.decode(sample(experts, noise, cond, cond, grid=grid, guidance=Guidance(), fresh=draw))[0]
+
+    expected = walked(student_experts(r, family, denoisers))
+    export(r, family, denoisers, r.folder)
+    pipe = stock(family, r.folder / "pipeline")
+    torch.manual_seed(0)
+    shown = pipe(class_labels=[7], latents=noise, output_type="pt", **family.sampling(steps=steps)).images
+    assert (shown - expected).abs().max() < 1e-4
+    assert (walked(teacher) - expected).abs().max() > 1e-3, "the test would not see an untrained export"
+    assert "class_labels=[0]" in (r.folder / "pipeline" / "README.md").read_text()
+
+
+def test_an_edm_networks_x0_is_its_own_preconditioning(tmp_path):
+    """D = c_skip x + c_out F(c_in x, 250 log sigma), table 1 of the paper, in the stock scheduler's terms."""
+    folder = write("edm", tmp_path, WORDS)
+    family = load_family(Model(path=str(folder)))
+    teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
+    table = load_conditions(family.encode(["3", "4"], tmp_path / "conditions"))
+    t, x = torch.tensor([0.9, 0.4]), 3 * torch.randn(2, 3, 16, 16)
+    ours = teacher.x0(x, t, table.rows([1, 2])) * 0.5
+    sigma = (80.0 * t**7).view(-1, 1, 1, 1)
+    unet, pixels = teacher.modules["unet"].network, x * 0.5
+    out = unet(
+        pixels / (sigma**2 + 0.25).sqrt(),
+        250 * sigma.view(-1).log(),
+        class_labels=torch.tensor([3, 4]),
+        return_dict=False,
+    )[0]
+    theirs = 0.25 / (sigma**2 + 0.25) * pixels + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * out
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"guidance": 2.0}, r"Set method\.guidance=1"), ({"steps": 2, "solver": "euler"}, r"Set method\.solver=renoise")],
+)
+def test_what_an_edm_pipeline_cannot_do_is_refused(tmp_path, settings, says):
+    folder = write("edm", tmp_path, WORDS)
+    family = load_family(Model(path=str(folder)))
+    method = derive(edm_recipe(folder, tmp_path, 1), {"method": settings}).method
+    with pytest.raises(InputError, match=says):
+        family.check(method)
+    with pytest.raises(InputError, match="prompt 'a cat' is no class"):
+        family.encode(["a cat"], tmp_path / "conditions")

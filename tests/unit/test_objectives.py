@@ -79,7 +79,7 @@ def test_the_surrogates_gradient_is_the_gradient():
 
 
 @pytest.mark.parametrize("p", [RectifiedFlow(), VariancePreserving()])
-@pytest.mark.parametrize("kind", ["flow", "epsilon", "x0", "v"])
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "x0", "v", "edm"])
 def test_at_s_zero_the_target_is_the_ordinary_one(p, kind):
     g = torch.Generator().manual_seed(3)
     x0, noise = (torch.randn(3, 4, generator=g, dtype=F64) for _ in range(2))

@@ -30,7 +30,7 @@ def _data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("kind", ["flow", "epsilon", "x0", "v"])
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "x0", "v", "edm"])
 def test_conversions_are_inverse_and_give_the_clean_sample(process, kind):
     x0, eps = _data()
     x_t = process.add_noise(x0, eps, T)

@@ -1,0 +1,161 @@
+"""EDM-type networks on pixels: ConsistencyModelPipeline, whose U-Net and scheduler have EDM's preconditioning.
+
+What is peculiar to them stays here: there is no autoencoder, and latents are pixels in units of the data's standard
+deviation; the network is given ``250 log sigma`` and a picture of unit variance; a prompt is the number of a class. The
+papers' CIFAR-10 and ImageNet-64 teachers are of this kind (Karras et al., arXiv:2206.00364, table 1).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+from torch import Tensor, nn
+
+from raydmd.errors import InputError
+from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.family import Family
+from raydmd.process import EDM
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from raydmd import recipe as recipes
+    from raydmd.recipe_method import Method
+
+TIME, LEAST = 250.0, 1e-44
+"""As the stock scheduler turns sigmas into times."""
+
+
+class EdmDenoiser(Denoiser):
+    """One UNet2DModel.
+
+    Args:
+        network: the U-Net.
+        process: in units of the data's standard deviation.
+        sigma_data: that.
+        autocast: the dtype of the forward pass; parameters keep theirs.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, network: UNet2DModel, process: EDM, *, sigma_data: float, autocast: torch.dtype) -> None:
+        width = network.config.block_out_channels[-1]
+        super().__init__(network, (network.mid_block,), width=width, autocast=autocast)
+        self._process, self._sigma_data = process, sigma_data
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+        """See :class:`~raydmd.models.base.Denoiser`; the conditions are classes."""
+        sigma = self._process.sigma(t.float())
+        scaled = x_t / (sigma.square() + 1).sqrt().view(-1, 1, 1, 1)
+        labelled = self.network.config.num_class_embeds is not None
+        exactly = {"class_labels": cond.embeds[:, 0, 0].long()} if labelled else {}
+        return self.call(TIME * torch.log(sigma * self._sigma_data + LEAST), exactly=exactly, sample=scaled)
+
+
+class Pixels:
+    """In the place of an autoencoder: pixels in units of the data's standard deviation.
+
+    Args:
+        sigma_data: that, of pixels in [-1, 1].
+    """
+
+    scale = 1
+
+    def __init__(self, sigma_data: float) -> None:
+        self._sigma_data = sigma_data
+
+    def stock(self) -> nn.Module | None:
+        """See :class:`~raydmd.models.autoencoder.Autoencoder`; there is none."""
+        return None
+
+    def render(self, latents: Tensor) -> Tensor:
+        """See :class:`~raydmd.models.autoencoder.Autoencoder`."""
+        return (latents * self._sigma_data / 2 + 0.5)[:, None]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See :class:`~raydmd.models.autoencoder.Autoencoder`."""
+        return (2 * pixels[:, 0] - 1) / self._sigma_data
+
+
+class Edm(Family):
+    """A ConsistencyModelPipeline in a folder or on the hub.
+
+    Args:
+        settings: the recipe's ``model`` section, with ``path`` a folder or hub id.
+        index: its ``model_index.json``.
+
+    Raises:
+        InputError: if it is incomplete, or the asked size is not its network's.
+    """
+
+    pipeline = ConsistencyModelPipeline
+    network = "unet"
+    prediction = "edm"
+    text_parts = ()
+    process: EDM
+
+    def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
+        super().__init__(settings, index)
+        self._require("unet", "scheduler")
+        self._schedule = self._config(CMStochasticIterativeScheduler, "scheduler")
+        self._unet = self._config(UNet2DModel, "unet")
+        self._sigma_data = float(self._schedule["sigma_data"])
+        self.process = EDM(float(self._schedule["sigma_max"]) / self._sigma_data, float(self._schedule["rho"]))
+        self.autoencoder = Pixels(self._sigma_data)
+        side = self._unet["sample_size"]
+        if {settings.height or side, settings.width or side} != {side}:
+            raise InputError(
+                f"model.height={settings.height}, model.width={settings.width} do not fit {self.path!r}: its network "
+                f"makes pictures of {side}x{side}"
+            )
+        self._shape = self._image(channels=self._unet["in_channels"], cell=1, side=side)
+
+    def check(self, method: Method) -> None:
+        """See :class:`~raydmd.models.family.Family`."""
+        wanted = {"shift": 1.0, "guidance": 1.0} | ({"solver": "renoise"} if method.steps > 1 else {})
+        for key, value in wanted.items():
+            if getattr(method, key) != value:
+                raise InputError(
+                    f"method.{key}={getattr(method, key)} does not fit {self.path!r}: its pipeline knows no guidance, "
+                    f"and its scheduler no shift and no steps without fresh noise. Set method.{key}={value}"
+                )
+
+    def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> EdmDenoiser:
+        """See :class:`~raydmd.models.family.Family`."""
+        network = self._load(UNet2DModel, expert, dtype=dtype)
+        return EdmDenoiser(network, self.process, sigma_data=self._sigma_data, autocast=autocast)
+
+    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
+        classes = self._unet.get("num_class_embeds") or 1
+        labels = [0]  # in the place of a negative prompt, which nothing asks for
+        for text in texts[1:]:
+            if not text.strip().isdecimal() or int(text) >= classes:
+                raise InputError(f"prompt {text!r} is no class of {self.path!r}, which has 0 to {classes - 1}")
+            labels.append(int(text))
+        return Conditions(embeds=torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1))
+
+    def text_length(self) -> int:
+        """See :class:`~raydmd.models.family.Family`; a prompt is one number."""
+        return 1
+
+    def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> CMStochasticIterativeScheduler:
+        """See :class:`~raydmd.models.family.Family`."""
+        told = {k: self._schedule[k] for k in ("sigma_max", "sigma_data", "rho")}
+        # One training step more than steps, and no least sigma: then its spacing is ours.
+        return CMStochasticIterativeScheduler(
+            **told, num_train_timesteps=steps + 1, sigma_min=LEAST, s_noise=1.0, clip_denoised=False
+        )
+
+    def sampling(self, *, steps: int) -> dict[str, Any]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return {"num_inference_steps": steps}
+
+    def usage(self, *, steps: int, beside: Mapping[str, int] | None = None, kind: str = "") -> str:
+        """See :class:`~raydmd.models.family.Family`; in the prompt's place stands a class."""
+        found = super().usage(steps=steps, beside=beside, kind=kind)
+        return found.replace('    "your prompt",\n', "    class_labels=[0],\n")
+
+    def _text_pipeline(self) -> ConsistencyModelPipeline:
+        return ConsistencyModelPipeline(unet=None, scheduler=None)
