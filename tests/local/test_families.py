@@ -36,6 +36,7 @@ PROMPTS = ["a cat runs", "a dog", "a cat jumps"]
 SCALE, STEPS = 3.5, 2
 SIZES: dict[str, dict[str, int]] = {
     "wan22": {"frames": 5, "height": 32, "width": 32},
+    "wan21": {"frames": 5, "height": 32, "width": 32},
     "qwen-image": {"height": 32, "width": 32},
     "z-image": {"height": 16, "width": 16},
     "flux": {"height": 16, "width": 16},
@@ -48,7 +49,7 @@ GUIDED: dict[str, dict[str, Any]] = {
     "flux": {"true_cfg_scale": SCALE, "negative_prompt": ""},
 }
 USUAL = {"guidance_scale": SCALE, "negative_prompt": ""}
-PACKED = ("qwen-image", "flux")
+PACKED, WAN = ("qwen-image", "flux"), ("wan21", "wan22")
 
 
 @pytest.fixture(scope="module", params=[kind for kind in PIPELINES if kind != "edm"])
@@ -98,7 +99,7 @@ def test_x0_is_what_the_stock_pipeline_computes(kind, folder, tmp_path):
     family = load_family(model(kind, folder))
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     pipe, noise, kept = stock(family, folder), seeded(family), []
-    if kind == "wan22":  # a scheduler of the first order, whose steps tell x0
+    if kind in WAN:  # a scheduler of the first order, whose steps tell x0
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
     def keep(_pipe, _step, _t, values):
@@ -117,8 +118,8 @@ def test_x0_is_what_the_stock_pipeline_computes(kind, folder, tmp_path):
         torch.testing.assert_close(theirs(kind, x), after, rtol=0, atol=2e-5)
         x = ours(kind, after, noise)
     shown = pipe(PROMPTS[0], output_type="pt", **call)
-    pixels = shown.frames[0] if kind == "wan22" else shown.images
-    decoded = family.decode(x)[0] if kind == "wan22" else family.decode(x)[:, 0]
+    pixels = shown.frames[0] if kind in WAN else shown.images
+    decoded = family.decode(x)[0] if kind in WAN else family.decode(x)[:, 0]
     torch.testing.assert_close(decoded, pixels, rtol=0, atol=1e-5)
 
 
@@ -187,14 +188,14 @@ def test_the_export_gives_stock_diffusers_the_same_picture(kind, folder, tmp_pat
     def shown(pipe: Any) -> Tensor:
         torch.manual_seed(0)
         out = pipe(PROMPTS[0], latents=theirs(kind, noise), output_type="pt", **family.sampling(steps=STEPS))
-        return out.frames[0] if kind == "wan22" else out.images
+        return out.frames[0] if kind in WAN else out.images
 
     pipe = stock(family, r.folder / "pipeline")
     assert (shown(pipe) - expected).abs().max() < 1e-4
     undistilled = stock(family, folder)
     undistilled.scheduler = pipe.scheduler
     assert (shown(undistilled) - expected).abs().max() > 1e-3, "the test would not see an untrained export"
-    if lora is not None and kind != "wan22":  # whose experts take a file each
+    if lora is not None and kind not in WAN:  # whose experts take a file each
         undistilled.load_lora_weights(r.folder / "lora", weight_name=f"{family.network}.safetensors")
         assert (shown(undistilled) - expected).abs().max() < 1e-4
 
