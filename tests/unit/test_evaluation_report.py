@@ -220,7 +220,7 @@ def test_curves_mark_where_phases_change() -> None:
     assert "dasharray" not in plain
     (path,) = [part for part in marked.split("<path") if "dasharray" in part]
     assert path.count("V128") == 2  # those inside; a mark at the end would be the frame's edge
-    assert 'd="M121.5,10.0V128M260.5,10.0V128"' in path
+    assert 'd="M131.5,10.0V128M270.5,10.0V128"' in path
 
 
 def test_taking_rows_keeps_prompts_with_clips() -> None:
