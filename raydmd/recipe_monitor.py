@@ -16,7 +16,8 @@ SIGNALS = ("gradient", "fake_error", "critic_lag", "brightness", "spread", "satu
 class Monitor(Section):
     """The collapse monitor: what is watched in training, when it speaks, and what happens then.
 
-    A limit of ``null`` switches its signal off. Rows are cycles; levels are medians over ``window`` rows.
+    A limit of ``null`` switches its signal off. Rows are cycles; levels are medians over ``window`` rows, of the fake
+    score's errors geometric means over ``settle`` rows.
     """
 
     action: Literal["warn", "stop", "rollback", "raise_ratio", "cut_rate"] = "warn"

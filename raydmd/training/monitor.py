@@ -201,18 +201,20 @@ class Monitor:
             # Measured too seldom to have a level yet: its start comes later.
             if key not in m.start and (key != "student/diversity" or len(values) == s.probes):
                 m.start[key] = median(values)
-            if key.startswith(BAND) and len(values) == s.window:
-                m.best[key] = min(m.best.get(key, math.inf), median(values))
+            if key.startswith(BAND) and len(values) >= s.window:
+                m.best[key] = min(m.best.get(key, math.inf), _level(key, values))
 
     def _length(self, key: str) -> int:
         s = self._settings
+        if key.startswith(BAND):
+            return max(s.settle, s.window)
         # A gradient is held against its own median, which must not follow a spike before the spike can fire.
         return {"student/diversity": s.probes, "student/gradient": max(s.settle, 2 * s.patience + 1)}.get(key, s.window)
 
     def _measured(self) -> dict[str, tuple[float, str]]:
         """Pressure and words by kind, of the signals that are on and have been measured."""
         s, m = self._settings, self.memory
-        now = {key: median(values) for key, values in m.recent.items()}
+        now = {key: _level(key, values) for key, values in m.recent.items()}
         found: dict[str, tuple[float, str]] = {}
         gradients = m.recent.get("student/gradient", [])
         if s.gradient is not None and len(gradients) > 1:
@@ -265,3 +267,14 @@ class Monitor:
         if persists:
             m.raised[kind] = 0
         return persists
+
+
+def _level(key: str, values: list[float]) -> float:
+    """What recent values of a metric come to: their median, but of the fake score's errors the geometric mean.
+
+    An error depends on the step at which the rollout left, by a factor of ten at high noise: the median of so few would
+    jump with the draw of the steps.
+    """
+    if not key.startswith(BAND):
+        return median(values)
+    return math.exp(sum(math.log(max(value, TINY)) for value in values) / len(values))

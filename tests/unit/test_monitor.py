@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -238,3 +239,25 @@ def test_checkpoints_of_later_attempts_sort_after_those_of_earlier_ones():
     names = [name_of(400), name_of(700) + "-phase", name_of(50, 1), name_of(90, 1), name_of(60, 2), name_of(60, 10)]
     assert names == sorted(names)
     assert [cycle_of(n) for n in names] == [400, 700, 50, 90, 60, 60]
+
+
+def recorded(name: str) -> Iterator[Row]:
+    """Rows of a run on wan22-tiny that was watched to its end."""
+    for line in (Path(__file__).parent / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
+def test_a_recorded_healthy_run_is_silent():
+    """DMD2 without a normaliser: raw and averaged weights ended at the teacher's accuracy. Its fake score's error above
+    noise .95 is .01 or .1, by the step at which the rollouts left."""
+    assert watch(recorded("healthy_dmd2")) == []
+
+
+def test_a_recorded_collapse_is_seen_early():
+    """Guidance augmentation alone at the usual rate."""
+    found = watch(recorded("collapsing_ca"))
+    assert found
+    assert found[0][0] <= 90
+    kinds = {alarm.kind for _, alarm in found}
+    assert kinds & {"spread", "saturation"}
+    assert kinds & {"fake_error", "critic_lag"}, "the critic lags there too"
