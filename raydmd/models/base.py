@@ -160,7 +160,7 @@ class Denoiser(ABC, nn.Module):
         Args:
             timestep: in the network's own units; as it is, since bf16 would round it.
             exactly: what else goes in as it is.
-            inputs: what goes in in the dtype of the forward pass.
+            **inputs: what goes in in the dtype of the forward pass.
         """
         with self.running(timestep.device) as dtype:
             cast = {name: value.to(dtype) for name, value in inputs.items()}

@@ -467,7 +467,7 @@ def write(kind: str, folder: Path, words: Sequence[str], *, seed: int = 0, **set
         folder: made if it is not there.
         words: that its tokenizer knows.
         seed: of its weights.
-        settings: of the kind.
+        **settings: of the kind.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

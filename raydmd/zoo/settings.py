@@ -32,7 +32,7 @@ def on_zoo(paper: Recipe, model: str, *, cycles: int = 200, **changes: Any) -> R
         paper: with the paper's settings.
         model: a zoo name.
         cycles: student updates.
-        changes: whatever else differs, as for :func:`raydmd.recipe.derive`.
+        **changes: whatever else differs, as for :func:`raydmd.recipe.derive`.
     """
     return derive(
         paper,
