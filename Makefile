@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test methods collapse lint format
+.PHONY: help install demo test experiments methods collapse lint format
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,12 @@ demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its re
 test: $(READY) ## install, then run every test, side by side: all but chaos, then chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2
+
+experiments: $(READY) ## every script of experiments/ on the zoo, 20 updates each (half an hour)
+	@for script in experiments/*.py; do \
+		echo "== $$script"; \
+		$(BIN)/python $$script --training.cycles=20 --evaluation.samples=32 --evaluation.grid=4 \
+			--name=$$(basename $$script .py) --output=runs/experiments || exit 1; done
 
 methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and a half)
 	$(BIN)/python benchmarks/methods.py

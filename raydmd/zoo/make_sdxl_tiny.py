@@ -1,6 +1,6 @@
 """Make ``sdxl-tiny``: a trained StableDiffusionXLPipeline of the pictures of ``sd35-tiny``.
 
-    python -m raydmd.zoo.make_sdxl_tiny --work /tmp/sdxl-tiny --minutes 20
+    python -m raydmd.zoo.make_sdxl_tiny --work /tmp/sdxl-tiny --minutes 30
 
 Needs Debian's package ``dataset-fashion-mnist``. Autoencoder, judges and prompts are those of ``sd35-tiny``; U-Net and
 text encoders are trained, and kept in ``--work``. The result goes to ``raydmd/zoo/data/sdxl-tiny`` in diffusers' own
@@ -31,7 +31,7 @@ SOURCE = DATA / "sd35-tiny"
 
 def main() -> None:
     """Train what is not trained yet and write the pipeline."""
-    args, world = start(__doc__, "sdxl-tiny", 20.0, StillWorld)
+    args, world = start(__doc__, "sdxl-tiny", 30.0, StillWorld)
     vae = AutoencoderKL.from_pretrained(SOURCE / "vae").float().eval().requires_grad_(False)
     parts = text_to_image(args.work, vae, world, args.minutes)
     # An SDXL pipeline knows a centre per channel where an SD3 one has a shift.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 
 from raydmd.draws import Draws
 from raydmd.evaluation.distances import frechet
@@ -59,32 +59,34 @@ def test_its_clips_show_what_their_prompts_say(tmp_path):
     assert found["joint"] > 0.85
 
 
-def test_the_image_member_is_small_and_complete():
-    place = locate(Model(path="sd35-tiny"))
+@pytest.mark.parametrize(("name", "bytes_at_most"), [("sd35-tiny", 4e6), ("sdxl-tiny", 7e6)])
+def test_the_image_members_are_small_and_complete(name, bytes_at_most):
+    place = locate(Model(path=name))
     assert (place.settings.frames, place.settings.height, place.settings.width) == (1, 32, 32)
     assert all(StillCaption.knows(p) for p in read_prompts(place.prompts))
-    assert sum(f.stat().st_size for f in (ZOO / "sd35-tiny").rglob("*") if f.is_file()) < 4e6
-    pipe = StableDiffusion3Pipeline.from_pretrained(place.settings.path)
-    assert pipe.scheduler.config.shift == 3.0
-    assert load_family(Model(path="sd35-tiny")).shape().latent == (4, 8, 8)
+    assert sum(f.stat().st_size for f in (ZOO / name).rglob("*") if f.is_file()) < bytes_at_most
+    pipe = DiffusionPipeline.from_pretrained(place.settings.path)
+    assert pipe.scheduler.config.get("shift", 3.0) == 3.0
+    assert load_family(Model(path=name)).shape().latent == (4, 8, 8)
 
 
-def test_its_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_path):
+@pytest.mark.parametrize(("name", "shift", "gap"), [("sd35-tiny", 3.0, 4.0), ("sdxl-tiny", 1.0, 1.5)])
+def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_path, name, shift, gap):
     """Forty guided steps against four without guidance, which is what a student has."""
     torch.set_num_threads(2)
-    family = load_family(Model(path="sd35-tiny"))
+    family = load_family(Model(path=name))
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     prompts = [c.text for c in StillCaption.draw(128, seed=3)]
     table = load_conditions(family.encode(prompts, tmp_path))
     cond, uncond = table.rows(range(1, 129)), table.rows([0] * 128)
-    judge = AttributeJudge.load(locate(Model(path="sd35-tiny")).judge)
+    judge = AttributeJudge.load(locate(Model(path=name)).judge)
 
     def pictures(steps: int, scale: float, seed: int = 5) -> Tensor:
         noise = Draws(seed, "zoo", range(128)).normal("noise", family.shape().latent)
-        latents = sample(teacher, noise, cond, uncond, grid=step_grid(steps, 3.0), guidance=Guidance(scale))
+        latents = sample(teacher, noise, cond, uncond, grid=step_grid(steps, shift), guidance=Guidance(scale))
         return family.decode(latents)
 
-    # Bars well under what 128 pictures gave: .83, 1.0, 1.0, 1.0 and .87.
+    # Bars well under what 128 pictures of sd35-tiny gave: .83, 1.0, 1.0, 1.0 and .87; of sdxl-tiny jointly .98.
     whole = pictures(40, 3.5)
     found = attribute_accuracy(prompts, judge.predict(whole), judge.language)
     assert found["item"] > 0.7  # eight items: chance 0.125
@@ -94,7 +96,7 @@ def test_its_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_path)
     assert found["joint"] > 0.75
     reference = judge.features(pictures(40, 3.5, seed=6))
     apart, few = (frechet(reference, judge.features(x)) for x in (whole, pictures(4, 1.0)))
-    assert few > 4 * apart  # 71 and 13
+    assert few > gap * apart  # 71 and 13, 64 and 27
 
 
 def test_the_data_set_is_asked_for_clearly_when_absent(tmp_path):
