@@ -63,7 +63,7 @@ class Reward(ABC):
         if values.shape != (len(prompts),):
             raise RewardError(
                 f"reward {self.name!r} gave {values.numel()} values of shape {tuple(values.shape)} "
-                f"for {len(prompts)} samples"
+                f"for {len(prompts)} samples, {ids[0]} to {ids[-1]}"
             )
         self._refuse_non_finite(values, pixels, prompts, ids)
         return values.float()
