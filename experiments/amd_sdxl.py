@@ -2,7 +2,8 @@
 
 Without arguments: the zoo's sdxl-tiny with a judge's reward on a local Ray, in minutes. With --model and --prompts:
 real weights with the paper's settings. The paper's text was not to be had: its reward is HPSv2, all else here is
-DMD2's and this project's reading. --method.adapt.rewards names a converted HPSv2 (raydmd/rewards/convert.py).
+DMD2's without its GAN, and this project's reading. --method.adapt.rewards names a converted HPSv2
+(raydmd/rewards/convert.py).
 """
 
 from dmd2_sdxl import PAPER as DMD2

@@ -11,7 +11,7 @@ from raydmd.cli import experiment
 from raydmd.recipe import derive
 from raydmd.zoo.settings import on_zoo
 
-SHARED = DMD2.method.model_dump(include={"steps", "shift", "guidance", "gan"})
+SHARED = DMD2.method.model_dump(include={"steps", "shift", "guidance", "gan", "normaliser"})
 
 
 PAPER = derive(DMD2, {"name": "decoupled-sdxl", "method": {"name": "decoupled"} | SHARED})

@@ -1,8 +1,9 @@
 """DMD of an EDM network of CIFAR-10, one step (arXiv:2311.18828, appendix B, class-conditional).
 
 Without arguments: an untrained network on a local Ray, in minutes. With --model and --prompts: real weights with the
-paper's settings, as a ConsistencyModelPipeline (a UNet2DModel with EDM's preconditioning); prompts are class numbers, 0
-to 9. The script makes its noise-image pairs first, if there are none; a stopped run goes on with them.
+paper's settings, as a ConsistencyModelPipeline (a UNet2DModel with EDM's preconditioning); prompts are class numbers,
+0 to 9. The paper's pairs are of 18 steps of Heun's method; those here are of 100 first-order ones. The script makes
+its noise-image pairs first, if there are none; a stopped run goes on with them.
 """
 
 from raydmd.cli import experiment
@@ -15,7 +16,7 @@ from raydmd.zoo.settings import on_zoo
 PAPER = Recipe(
     name="dmd-edm-cifar10",
     model=Model(path="./edm-cifar10"),
-    method=Method(name="dmd", steps=1, shift=1.0, guidance=1.0, regression=Regression(weight=0.25, steps=35)),
+    method=Method(name="dmd", steps=1, shift=1.0, guidance=1.0, regression=Regression(weight=0.25, steps=100)),
     training=Training(
         cycles=300_000,
         batch=392,

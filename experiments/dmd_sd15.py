@@ -1,8 +1,8 @@
 """DMD of Stable Diffusion 1.5, text to image, one step (arXiv:2311.18828, appendix B, LAION-6.25+).
 
 Without arguments: a Stable Diffusion pipeline with random weights on a local Ray, in minutes. With --model and
---prompts: real weights with the paper's settings. The script makes its noise-image pairs first, if there are none; a
-stopped run goes on with them.
+--prompts: real weights with the paper's settings. The script makes its noise-image pairs first (50 steps of DDIM
+where the paper has PNDM), if there are none; a stopped run goes on with them.
 """
 
 from raydmd.cli import experiment

@@ -162,12 +162,13 @@ def _log_alphas(process: VariancePreserving) -> Tensor:
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """Variance exploding (Karras et al., arXiv:2206.00364): ``sigma = sigma_max t^rho``.
+    """Variance exploding (Karras et al., arXiv:2206.00364, eq. 5): ``sigma^(1 / rho)`` is linear in ``t``.
 
-    ``t`` runs as the paper's steps do (eq. 5), but down to a sigma of 0. Latents are in units of the data's
-    standard deviation, and so is sigma.
+    Latents are in units of the data's standard deviation, and so is sigma. ``t = 0`` is clean, with a jump from
+    ``sigma_min``, below which no network was trained.
     """
 
+    sigma_min: float = 0.004
     sigma_max: float = 160.0
     rho: float = 7.0
 
@@ -177,7 +178,8 @@ class EDM(Process):
 
     def sigma(self, t: Tensor) -> Tensor:
         """See :class:`Process`."""
-        return self.sigma_max * t**self.rho
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.where(t > 0, (low + t * (high - low)) ** self.rho, 0.0)
 
     def start(self, noise: Tensor) -> Tensor:
         """See :class:`Process`."""

@@ -21,6 +21,7 @@ def check_instruments(settings: Settings) -> None:
     named += [(f"rewards.{r.kind}.path", r.path) for r in settings.rewards if r.path]
     named += [("lpips.weights", settings.lpips.weights)] if settings.lpips and settings.lpips.weights else []
     for key, path in named:
-        is_id = path.count("/") == 1 and path[0] not in "./~"
-        if not Path(path).exists() and not is_id:
+        folder, _, name = path.partition("/")
+        is_id = name and "/" not in name and path[0] not in "./~" and not Path(folder).is_dir()
+        if not Path(path).exists() and (not is_id or key == "lpips.weights"):
             raise InputError(f"evaluation.{key}: there is no {path!r}")

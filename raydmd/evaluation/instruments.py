@@ -106,8 +106,8 @@ def load_instruments(settings: Settings, *, judge: Path | None, device: torch.de
         InputError: if one is missing, damaged or of another class.
     """
     rewards: dict[str, Reward] = {}
-    for spec in settings.rewards:
-        alike = sum(name.split("_")[0] == spec.kind for name in rewards)
+    for i, spec in enumerate(settings.rewards):
+        alike = sum(other.kind == spec.kind for other in settings.rewards[:i])
         rewards[f"{spec.kind}_{alike + 1}" if alike else spec.kind] = load(spec, judge=judge, device=device)
     lpips: Lpips | None = None
     if settings.lpips:

@@ -158,7 +158,7 @@ class Denoiser(ABC, nn.Module):
         """The network's output in fp32.
 
         Args:
-            timestep: in the network's own units; as it is, since bf16 would round it.
+            timestep: in the network's own units; as it is, since bf16 would round it (some round it themselves).
             exactly: what else goes in as it is.
             **inputs: what goes in in the dtype of the forward pass.
         """

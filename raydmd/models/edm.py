@@ -1,8 +1,9 @@
 """EDM-type networks on pixels: ConsistencyModelPipeline, whose U-Net and scheduler have EDM's preconditioning.
 
 What is peculiar to them stays here: there is no autoencoder, and latents are pixels in units of the data's standard
-deviation; the network is given ``250 log sigma`` and a picture of unit variance; a prompt is the number of a class. The
-papers' CIFAR-10 and ImageNet-64 teachers are of this kind (Karras et al., arXiv:2206.00364, table 1).
+deviation; the network is given ``250 log sigma`` and a picture of unit variance; a prompt is the number of a class.
+OpenAI's ImageNet-64 networks are of this kind; the CIFAR-10 teachers of Karras et al. (arXiv:2206.00364) are other
+U-Nets with the same preconditioning (table 1), and have no class in diffusers.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Edm(Family):
         self._schedule = self._config(CMStochasticIterativeScheduler, "scheduler")
         self._unet = self._config(UNet2DModel, "unet")
         self._sigma_data = float(self._schedule["sigma_data"])
-        self.process = EDM(float(self._schedule["sigma_max"]) / self._sigma_data, float(self._schedule["rho"]))
+        low, high = (float(self._schedule[key]) / self._sigma_data for key in ("sigma_min", "sigma_max"))
+        self.process = EDM(low, high, float(self._schedule["rho"]))
         self.autoencoder = Pixels(self._sigma_data)
         side = self._unet["sample_size"]
         if {settings.height or side, settings.width or side} != {side}:
@@ -114,12 +116,12 @@ class Edm(Family):
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
-        wanted = {"shift": 1.0, "guidance": 1.0} | ({"solver": "renoise"} if method.steps > 1 else {})
+        wanted = {"shift": 1.0, "guidance": 1.0, "steps": 1}
         for key, value in wanted.items():
             if getattr(method, key) != value:
                 raise InputError(
                     f"method.{key}={getattr(method, key)} does not fit {self.path!r}: its pipeline knows no guidance, "
-                    f"and its scheduler no shift and no steps without fresh noise. Set method.{key}={value}"
+                    f"and its scheduler walks our times in one step only. Set method.{key}={value:g}"
                 )
 
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> EdmDenoiser:
@@ -143,7 +145,7 @@ class Edm(Family):
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> CMStochasticIterativeScheduler:
         """See :class:`~raydmd.models.family.Family`."""
         told = {k: self._schedule[k] for k in ("sigma_max", "sigma_data", "rho")}
-        # One training step more than steps, and no least sigma: then its spacing is ours.
+        # One training step more than steps begins at the largest sigma; without a least one its x0 is EDM's.
         return CMStochasticIterativeScheduler(
             **told, num_train_timesteps=steps + 1, sigma_min=LEAST, s_noise=1.0, clip_denoised=False
         )

@@ -233,11 +233,10 @@ experts = {{
 {others}
 }}
 
-def take_turns(pipe, step, time, values):
-    pipe.{self.network} = experts.get(step + 1, pipe.{self.network})
+def take_turns(pipe, step, time, values):  # after the last step it is the first one's turn again
+    pipe.{self.network} = experts.get((step + 1) % {steps}, pipe.{self.network}).to(pipe.device)
     return values
 
-pipe.{self.network} = experts[0]
 {result}
     "your prompt",
 {call}

@@ -221,7 +221,7 @@ def test_two_phases_of_one_network_take_turns_as_the_model_card_says(kind, folde
     exec(code.replace("callback_on_step_end", 'output_type="pt", latents=noise, callback_on_step_end'), known)
     assert (known["image"] - expected[0]).abs().max() < 1e-4
     first = known["pipe"](PROMPTS[0], latents=known["noise"], output_type="pt", **family.sampling(steps=steps)).images
-    assert (first - expected).abs().max() > 2e-4, "the second expert alone would do"
+    assert (first - expected).abs().max() > 2e-4, "the first expert alone would do"
 
 
 def test_every_parameter_that_trains_gets_a_gradient(kind, folder, tmp_path):
@@ -293,8 +293,8 @@ def edm_recipe(folder: Path, output: Path, steps: int) -> Recipe:
     return derive(recipe("sdxl", folder, output, method, None), {"model.path": str(folder)})
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_an_edm_student_is_what_the_stock_consistency_pipeline_samples(tmp_path, steps):
+def test_an_edm_student_is_what_the_stock_consistency_pipeline_samples(tmp_path):
+    steps = 1
     folder = write("edm", tmp_path / "edm", WORDS)
     r = edm_recipe(folder, tmp_path, steps)
     r.folder.mkdir(parents=True)
@@ -332,7 +332,8 @@ def test_an_edm_networks_x0_is_its_own_preconditioning(tmp_path):
     table = load_conditions(family.encode(["3", "4"], tmp_path / "conditions"))
     t, x = torch.tensor([0.9, 0.4]), 3 * torch.randn(2, 3, 16, 16)
     ours = teacher.x0(x, t, table.rows([1, 2])) * 0.5
-    sigma = (80.0 * t**7).view(-1, 1, 1, 1)
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    sigma = ((low + t * (high - low)) ** 7).view(-1, 1, 1, 1)
     unet, pixels = teacher.modules["unet"].network, x * 0.5
     out = unet(
         pixels / (sigma**2 + 0.25).sqrt(),
@@ -346,7 +347,7 @@ def test_an_edm_networks_x0_is_its_own_preconditioning(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"guidance": 2.0}, r"Set method\.guidance=1"), ({"steps": 2, "solver": "euler"}, r"Set method\.solver=renoise")],
+    [({"guidance": 2.0}, r"Set method\.guidance=1"), ({"steps": 2}, r"Set method\.steps=1")],
 )
 def test_what_an_edm_pipeline_cannot_do_is_refused(tmp_path, settings, says):
     folder = write("edm", tmp_path, WORDS)

@@ -99,8 +99,8 @@ class Merged(TwoRanks):
 
 def long_recipe(kind: str, folder: Path, name: str) -> Recipe:
     r = family_recipe(kind, folder / kind, folder, {"name": "dmd2"}, None)
-    # At the paper's rate; Adam makes a step of that size of any gradient, down to rounding's.
-    training = {"cycles": 10, "sharding": "fsdp", "student": {"rate": 5e-5}, "fake": {"rate": 5e-5}}
+    # DP-DMD's rate for SDXL. Adam makes a step of that size of any gradient, rounding's too: gradients tell more.
+    training = {"cycles": 10, "sharding": "fsdp", "student": {"rate": 1e-5}, "fake": {"rate": 1e-5}}
     return derive(r, {"name": f"{kind}-{name}", "training": training})
 
 
@@ -147,7 +147,10 @@ def test_sharded_on_two_ranks_is_one_rank_and_goes_on_across_world_sizes(tmp_pat
         resumed = run(parts, FolderSession(parts.folder))
         for name, found in (("two ranks", torch.load(tmp_path / f"{kind}.pt")), ("1, 2, 1 ranks", resumed)):
             for key, value in expected.items():
+                where = f"{kind}, {name}: {key}"
                 if ".optimizer." not in key:
-                    assert (found[key] - value).abs().max() < 1e-5, f"{kind}, {name}: {key}"
+                    assert (found[key] - value).abs().max() < 1e-5, where
+                elif key.endswith(".exp_avg"):
+                    assert (found[key] - value).norm() <= 0.01 * value.norm() + 1e-9, where
         events = [e["world"] for e in read_lines(parts.folder / "events.jsonl") if e["event"] in ("start", "resume")]
         assert events == [1, 2, 1]
