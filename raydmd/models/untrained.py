@@ -70,8 +70,9 @@ CLIP, CLIP_2 = 8, 12
 PAD, END = 0, 1
 
 
-def word_tokenizer(words: Sequence[str], *, length: int = 6) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words; others are all the same to it."""
+def word_tokenizer(words: Sequence[str], *, length: int | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, others are all the same to it; prompts are as long as few words need."""
+    length = length or max(6, min(16, len(words)))
     known = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
     raw = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
