@@ -20,6 +20,7 @@ from pydantic_core import to_jsonable_python
 import raydmd
 from raydmd import recipe_io
 from raydmd.errors import DONE, FAILED, STOPPED, InputError, RaydmdError, RunStopped
+from raydmd.models.places import UNTRAINED
 from raydmd.recipe import FREE, Recipe, combine, known_keys
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def in_zoo(model: str) -> bool:
     """Whether ``model`` names a pipeline that ships with the package, or one that it makes on first use."""
     plain = model not in ("", ".", "..") and "/" not in model
     ships = plain and resources.files("raydmd.zoo").joinpath("data", model).is_dir()
-    return ships or (plain and model.endswith("-untrained"))
+    return ships or (plain and model.endswith(UNTRAINED))
 
 
 def read_overrides(words: Sequence[str], *, files: int = 0) -> tuple[list[str], list[str]]:

@@ -149,6 +149,15 @@ def test_stock_diffusers_makes_the_reports_frames(undisturbed):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_fsdp_on_two_ranks_is_ddp_on_two_ranks(home, undisturbed):
+    run = Launch(home, "fsdp", "--recipe", str(_yaml(home, "training: {sharding: fsdp}")))
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    other = undisturbed.student()
+    for expert, weights in run.student().items():
+        for name, value in weights.items():
+            assert (value - other[expert][name]).abs().max() < 1e-5, f"{expert}.{name}"
+
+
 def metrics(run: Launch) -> list[dict]:
     return list(read_lines(run.folder / "metrics.jsonl"))
 

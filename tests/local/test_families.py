@@ -313,7 +313,10 @@ def test_an_edm_student_is_what_the_stock_consistency_pipeline_samples(tmp_path)
 
     def walked(experts: Any) -> Tensor:
         torch.manual_seed(0)
-        draw = lambda _: torch.randn(noise.shape)  # noqa: E731
+
+        def draw(_: int) -> Tensor:
+            return torch.randn(noise.shape)
+
         grid = step_grid(steps, 1.0)
         return family.decode(sample(experts, noise, cond, cond, grid=grid, guidance=Guidance(), fresh=draw))[0]
 

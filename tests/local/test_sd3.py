@@ -55,7 +55,7 @@ def seeded(family) -> torch.Tensor:
     return torch.randn(1, *family.shape().latent, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("pipeline", ["dropped"])
+@pytest.mark.parametrize("pipeline", ["whole", "dropped"])
 def test_x0_is_what_the_stock_pipeline_computes(request, tmp_path, pipeline):
     """Guidance included, at every step of the teacher's own walk, on conditions from raydmd's own table."""
     folder = request.getfixturevalue(pipeline)
@@ -119,7 +119,7 @@ def recipe(pipeline: Path, output: Path, method: dict, lora: dict | None) -> Rec
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 2.0}], ids=["full", "lora"])
-@pytest.mark.parametrize("pipeline", ["dropped"])
+@pytest.mark.parametrize("pipeline", ["whole", "dropped"])
 @pytest.mark.parametrize("method", ["dp_dmd", "dmd2"])
 def test_the_export_gives_stock_diffusers_the_same_picture(request, tmp_path, pipeline, method, lora):
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from raydmd.methods.presets import build_method
 from raydmd.methods.rollout import Sample
 from raydmd.methods.terms import Answer
 from raydmd.models.base import Routing
-from raydmd.process import Process, RectifiedFlow, VariancePreserving
+from raydmd.process import Process, RectifiedFlow, VariancePreserving, over
 from raydmd.recipe_method import Method
 
 pytestmark = pytest.mark.unit
@@ -76,10 +76,9 @@ def direction(process, query, s, mixtures, *, match: float, guided: float, by_sc
     t, x = query.t.to(F64), query.x_t
     real, plain, fake = (m.score(x, t) for m in mixtures)
     down = match * (fake - real) - guided * (real - plain)
-    view = lambda v: v.view(-1, 1, 1)  # noqa: E731
     if by_scores:  # d x_t / d x is alpha_{t|s}: the gradient of the KL between what both have become at t
-        return view(process.alpha(t) / process.alpha(s)) * down
-    return view(process.sigma(t).square() / process.alpha(t)) * down  # Tweedie
+        return over(process.alpha(t) / process.alpha(s), down) * down
+    return over(process.sigma(t).square() / process.alpha(t), down) * down  # Tweedie
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving()], ids=["flow", "vp"])
