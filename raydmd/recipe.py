@@ -67,6 +67,8 @@ class Role(Section):
 
     rate: Positive
     betas: tuple[Below1, Below1] = (0.0, 0.999)
+    eps: Positive = 1e-8
+    """AdamW's: a gradient much smaller is not scaled up to a whole step, so that rounding does not train."""
     weight_decay: NonNegative = 0.0
     clip: Positive = 1.0
     """Largest gradient norm."""

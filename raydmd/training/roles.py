@@ -89,6 +89,7 @@ class TrainedRole:
             groups,
             lr=settings.rate,
             betas=settings.betas,
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
