@@ -17,19 +17,21 @@ from raydmd.evaluation.evaluate import evaluate
 from raydmd.evaluation.metrics import SMALLEST_GROUP, coverage
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.rewards.classifier import ClassifierReward
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
+from raydmd.training.checkpoint import STUDENT
 from raydmd.training.events import EventLog
 from raydmd.training.export import load_student, solver, student_experts
 from raydmd.training.finish import Sampler
 from raydmd.training.pairing import check_pairs, open_pairs
 from raydmd.training.session import FolderSession
-from raydmd.training.worker import STUDENT, Job, Worker, write_student
+from raydmd.training.worker import Job, Worker
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
@@ -68,13 +70,13 @@ class Bench:
         self.family = load_family(recipe.model)
         self.judge = AttributeJudge.load(place.judge)
         self.prompts = place.prompts.read_text(encoding="utf-8").splitlines()
-        self.table = load_conditions(self.family.encode(self.prompts, cache))
+        self.table = Conditions.read(self.family.encode(self.prompts, cache))
         self.teacher = load_teacher(self.family, "fp32", device=device)
         self.asks = LocalClient(TeacherEngine(self.teacher, self.table))
         self.network = type(next(iter(self.teacher.modules.values())).network)
         e = recipe.evaluation
         self._texts = evaluation_prompts(e.samples, seed=e.seed, language=self.judge.language)
-        self._asked = load_conditions(self.family.encode(list(dict.fromkeys(self._texts)), cache))
+        self._asked = Conditions.read(self.family.encode(list(dict.fromkeys(self._texts)), cache))
 
     def sample(self, name: str, experts: Experts, grid: list[float], guidance: Guidance, **options: Any) -> Samples:
         """Clips of the evaluation's prompts."""
@@ -114,7 +116,7 @@ class Bench:
         end, checkpoint = worker.run(), max(folder.glob("cycle-*"))
         if not (checkpoint / STUDENT).is_dir():  # a stop's checkpoint is for resuming
             worker.student.settle()  # the average, as of a finished run
-            write_student(checkpoint / STUDENT, worker.student, rank=0)
+            worker.student.write(checkpoint / STUDENT, rank=0)
         return end, checkpoint
 
     def student_samples(self, recipe: Recipe, checkpoint: Path) -> Samples:

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     app.command("pairs", epilog=EPILOG, context_settings=PASS_ON, options_metavar=f"FILE --count N {USAGE}")(
         _make_pairs
     )
+    app.command("sample")(_sample)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
@@ -159,7 +160,9 @@ _Model = Annotated[
     str | None,
     typer.Option(help="Zoo name, folder in diffusers' format, or hub id.", show_default=False),
 ]
-_Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="One prompt a line, UTF-8.")]
+_Prompts = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text, JSONL, CSV, TSV, Parquet, or a dataset.", show_default=False)
+]
 _Name = Annotated[str | None, typer.Option(help="Of the run; the same name resumes it.")]
 _Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Runs are kept in here.")]
 _Workers = Annotated[int | None, typer.Option(help="Training workers.")]
@@ -261,6 +264,32 @@ def _make_pairs(
         from raydmd.training.make_pairs import make
 
         return make(recipe, wanted, output, shard=shard)
+
+    raise typer.Exit(_guard(make, None))
+
+
+def _sample(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, e.g. runs/NAME.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Default: the run's own.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=16, help="Of the run's own prompts.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="The first column's.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, max=16, help="Columns.")] = 2,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: RUN/samples.", show_default=False)
+    ] = None,
+) -> None:
+    """Sample a finished run's student: a sheet of prompts by seeds, and each sample by itself."""
+
+    def make() -> int:
+        from raydmd.training.run import quiet
+        from raydmd.training.show import show
+
+        quiet()
+        shown = show(folder, prompts or [], count=count, seeds=range(seed, seed + seeds), output=output)
+        typer.echo(f"sheet     {shown.sheet}\nsamples   {shown.files[0].parent} ({len(shown.files)} files)")
+        return DONE
 
     raise typer.Exit(_guard(make, None))
 

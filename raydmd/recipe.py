@@ -35,6 +35,8 @@ class Model(Section):
     path: Word = "wan22-tiny"
     """A zoo name, a folder in diffusers' format, or a hub id."""
     revision: str | None = None
+    lora: dict[Word, Word] = Field(default_factory=dict)
+    """LoRA files that belong to the teacher, by the name of the network, e.g. ``{transformer: style.safetensors}``."""
     frames: Count | None = None
     """Pixel frames; default: the zoo's own, or the pipeline's."""
     height: Count | None = None
@@ -47,8 +49,13 @@ class Model(Section):
 class Data(Section):
     """Prompts. Distillation is data-free otherwise, but for ``method.gan``."""
 
-    prompts: Path | None = None
-    """A text file, one prompt a line; default: the zoo's own."""
+    prompts: Word | None = None
+    """A file, by its ending: .txt (one prompt a line), .jsonl, .csv, .tsv, .parquet; or a dataset's folder or hub id.
+    Default: the zoo's own."""
+    column: Word | None = None
+    """Of a table; default: ``prompt``, ``caption`` or ``text``, the first that it has."""
+    split: Word = "train"
+    """Of a dataset."""
     cache: Path | None = None
     """Where encoded prompts are kept; default: ``conditions`` beside the run."""
 
@@ -114,7 +121,8 @@ class Placement(Section):
 
     workers: Count = 1
     teachers: Count = 1
-    teacher: Literal["remote", "local"] = "remote"
+    teacher: Literal["remote", "local", "tied"] = "remote"
+    """A pool; a copy in each worker; or one network in each worker whose adapters are student and fake score."""
     worker_cpus: Positive = 0.5
     teacher_cpus: Positive = 0.5
     worker_gpus: NonNegative = 0.0
@@ -136,13 +144,13 @@ class Placement(Section):
 
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> Self:
-        if self.teacher == "local":
+        if self.teacher != "remote":
             idle = {"teachers": 1, "teacher_gpus": 0.0, "teacher_resources": {}}
             for name, unused in idle.items():
                 given = getattr(self, name)
                 if given != unused:
                     raise ValueError(
-                        f"{name}={given} does nothing with teacher=local, where each worker holds "
+                        f"{name}={given} does nothing with teacher={self.teacher}, where each worker holds "
                         f"its own copy; set placement.{name}={unused} or placement.teacher=remote"
                     )
         return self
@@ -195,6 +203,16 @@ def _monitor_can_act(m: Monitor, training: Training, phases: int) -> None:
         raise ValueError("monitor.action=raise_ratio does nothing with training.fake_updates=0")
 
 
+def _tied_are_adapters(placement: Placement, training: Training) -> None:
+    full = [role for role in ("student", "fake") if getattr(training, role).lora is None]
+    if placement.teacher == "tied" and full:
+        raise ValueError(
+            "placement.teacher=tied holds student, fake score and teacher in one frozen network, so that both must be "
+            f"adapters on it: set {' and '.join(f'training.{role}.lora={{}}' for role in full)}, or "
+            "placement.teacher=local"
+        )
+
+
 def _rewards_are_asked(method: Method, placement: Placement) -> None:
     for key in ("rewards", "reward", "reward_cpus", "reward_gpus"):
         if method.adapt is None and getattr(placement, key) != Placement.model_fields[key].default:
@@ -245,6 +263,7 @@ class Recipe(Section):
         _gan_can_train(self.method.gan, self.training)
         _fake_is_asked(self.method, self.training)
         _monitor_can_act(self.monitor, self.training, phases)
+        _tied_are_adapters(self.placement, self.training)
         _rewards_are_asked(self.method, self.placement)
         return self
 
@@ -328,7 +347,7 @@ def known_keys() -> list[str]:
     return sorted(_all_keys())
 
 
-FREE = frozenset({"placement.worker_resources", "placement.teacher_resources"})
+FREE = frozenset({"model.lora", "placement.worker_resources", "placement.teacher_resources"})
 """Keys whose values are mappings with the user's own names."""
 
 

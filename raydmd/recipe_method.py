@@ -113,10 +113,10 @@ class Moments(Section):
 class Reward(Section):
     """One reward model, and its part in the sum: ``weight * (reward - mean) / scale``."""
 
-    kind: Literal["zoo", "clip", "pick", "hps", "image_reward"] = "zoo"
+    kind: Literal["zoo", "clip", "pick", "hps", "image_reward", "class"] = "zoo"
     path: Word | None = None
     """The judge's file (zoo; default: the model's own), a folder or hub id (clip, pick, hps; clip and pick have a
-    default), a folder (image_reward)."""
+    default), a folder (image_reward), an image classifier's folder or hub id (class; default: the model's own)."""
     processor: Word | None = None
     """Folder or hub id of tokenizer and picture settings, where they aren't beside the model (clip, pick, hps)."""
     weight: Finite = 1.0
@@ -131,7 +131,7 @@ class Reward(Section):
             raise ValueError(f"a reward of kind {self.kind} needs a path")
         if self.kind == "zoo" and self.frames is not None:
             raise ValueError("frames does nothing with kind zoo, whose judge reads whole clips; leave it out")
-        if self.kind in ("zoo", "image_reward") and self.processor is not None:
+        if self.kind in ("zoo", "image_reward", "class") and self.processor is not None:
             raise ValueError(f"processor does nothing with kind {self.kind}; leave it out")
         if self.weight == 0:
             raise ValueError("a reward of weight 0 does nothing; leave it out")

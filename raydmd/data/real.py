@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raydmd.data.captions import read_captions
 from raydmd.data.media import LATENTS, Kind, check, find, pixels
-from raydmd.models import load_conditions
+from raydmd.models.base import Conditions
 from raydmd.models.identity import fingerprint
 from raydmd.models.places import locate
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.draws import Draws
-    from raydmd.models.base import Conditions, Shape
+    from raydmd.models.base import Shape
     from raydmd.models.family import Family
     from raydmd.recipe import Model
     from raydmd.recipe_gan import Gan
@@ -151,7 +151,7 @@ def load_real(file: Path) -> RealData:
     """What :func:`prepare` has written; latents are memory-mapped, rows are read when they are used."""
     index = json.loads(file.read_text(encoding="utf-8"))
     tables = [load_file(name)[LATENTS] for name in index["files"]]
-    return RealData(tables, index["rows"], load_conditions(Path(index["conditions"])))
+    return RealData(tables, index["rows"], Conditions.read(Path(index["conditions"])))
 
 
 def _encoded(source: Source, model: Model, family: Family, cache: Path, say: Callable[[str], None]) -> list[Path]:

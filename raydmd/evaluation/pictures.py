@@ -55,9 +55,19 @@ def strip(clip: Tensor, *, frames: int = STRIP_FRAMES) -> Image.Image:
     return sheet
 
 
+def picture(clip: Tensor) -> tuple[str, bytes]:
+    """A clip ``(F, 3, H, W)`` in [0, 1] at its own size: the file's ending and content, PNG or animated WebP."""
+    if len(clip) == 1:
+        return ".png", png(_image(clip[0]))
+    return ".webp", _webp([_image(frame) for frame in clip])
+
+
 def animation(clip: Tensor) -> bytes:
-    """A clip ``(F, 3, H, W)`` in [0, 1] as endless lossless WebP; a still if it has one frame."""
-    frames = [_frame(frame) for frame in clip]
+    """A clip ``(F, 3, H, W)`` in [0, 1] as endless lossless WebP, as large as it is shown; a still of one frame."""
+    return _webp([_frame(frame) for frame in clip])
+
+
+def _webp(frames: list[Image.Image]) -> bytes:
     out = io.BytesIO()
     frames[0].save(
         out,
@@ -177,9 +187,13 @@ def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str
     )
 
 
-def _frame(frame: Tensor) -> Image.Image:
+def _image(frame: Tensor) -> Image.Image:
     pixels = (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    image, size = Image.fromarray(np.ascontiguousarray(pixels)), display_size(frame[None])
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _frame(frame: Tensor) -> Image.Image:
+    image, size = _image(frame), display_size(frame[None])
     # Nearest shows the pixels the student made; a large frame that shrinks must not alias.
     larger = size[1] >= image.height
     resample = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS

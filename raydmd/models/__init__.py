@@ -6,21 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from raydmd.errors import InputError
-from raydmd.models.base import Conditions, Experts
+from raydmd.models.base import Experts
 from raydmd.models.places import locate, read_index
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from raydmd.models.family import Family
     from raydmd.recipe import Model
 
 
 FAMILIES = {
     "WanPipeline": ("wan", "Wan"),
+    "WanImageToVideoPipeline": ("wan_i2v", "WanImage"),
     "QwenImagePipeline": ("qwen_image", "QwenImage"),
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("stable_diffusion", "StableDiffusionXL"),
@@ -29,6 +27,7 @@ FAMILIES = {
     "ZImagePipeline": ("z_image", "ZImage"),
     "FluxPipeline": ("flux", "Flux"),
     "ConsistencyModelPipeline": ("edm", "Edm"),
+    "DiTPipeline": ("dit", "Dit"),
 }
 """Module and class of each diffusers pipeline's family; one alone is imported, since each brings much along."""
 
@@ -66,20 +65,3 @@ def load_teacher(family: Family, precision: str, *, device: torch.device) -> Exp
         for name in family.routing().experts
     }
     return Experts(modules, family.routing(), family.process, family.prediction, family.rescale)
-
-
-def load_conditions(file: Path) -> Conditions:
-    """The condition table, as :meth:`Conditions.save` writes it.
-
-    Raises:
-        InputError: if the file is missing or holds no conditions.
-    """
-    try:
-        # Mapped, not read: processes of a node share its pages.
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not iterable
-        if "embeds" not in found or found.keys() - {"embeds", "pooled", "mask"}:
-            raise InputError(f"holds {', '.join(found) or 'nothing'} instead of embeds, pooled and mask")
-        return Conditions(**found)
-    except (OSError, SafetensorError, InputError) as error:
-        raise InputError(f"conditions {file}: {error}") from None

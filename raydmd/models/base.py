@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from raydmd.errors import InputError
 
@@ -35,15 +38,22 @@ class Conditions:
         embeds: ``(N, L, D)``, zero where padded if the family has no mask.
         pooled: ``(N, P)``, for families that have a vector per prompt beside its tokens'.
         mask: ``(N, L)``, bool, for families that tell tokens from padding.
+        picture: ``(N, *latent)``, for families that start from a picture.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    picture: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not belong together."""
-        wanted = {"embeds": ("N, L, D", 3), "pooled": ("N, P", 2), "mask": ("N, L", 2)}
+        wanted = {
+            "embeds": ("N, L, D", 3),
+            "pooled": ("N, P", 2),
+            "mask": ("N, L", 2),
+            "picture": ("N, C, T, H, W", 5),
+        }
         for name, tensor in self.tensors().items():
             shape, axes = wanted[name]
             if tensor.ndim != axes or not len(tensor) or len(tensor) != len(self.embeds):
@@ -81,6 +91,36 @@ class Conditions:
         return type(self)(
             **{name: torch.cat([value, *(t[name] for t in theirs)]) for name, value in self.tensors().items()}
         )
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """As :meth:`save` wrote them; mapped, so that processes of a node share the pages.
+
+        Raises:
+            InputError: if the file is missing or holds no conditions.
+        """
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not iterable
+            if "embeds" not in found or found.keys() - {"embeds", "pooled", "mask", "picture"}:
+                raise InputError(f"holds {', '.join(found) or 'nothing'} instead of embeds, pooled, mask and picture")
+            return cls(**found)
+        except (OSError, SafetensorError, InputError) as error:
+            raise InputError(f"conditions {file}: {error}") from None
+
+    @classmethod
+    def table(cls, parts: Sequence[Self]) -> Self:
+        """One table of several with the same row 0, padded to the longest."""
+        longest = max(part.embeds.shape[1] for part in parts)
+        first, *others = (part._padded(longest) for part in parts)
+        return first.join(*(other.rows(range(1, len(other))) for other in others))
+
+    def _padded(self, length: int) -> Self:
+        more = length - self.embeds.shape[1]
+        padded = {"embeds": functional.pad(self.embeds, (0, 0, 0, more))}
+        if self.mask is not None:
+            padded["mask"] = functional.pad(self.mask, (0, more))
+        return replace(self, **padded)
 
     def save(self, file: Path) -> None:
         """Write them as safetensors, one tensor per attribute."""
@@ -144,6 +184,10 @@ class Denoiser(ABC, nn.Module):
     """
 
     lora_targets: tuple[str, ...]
+    adapter: str | None = None
+    """Which of the network's adapters is this one's."""
+    switch: Callable[[str | None], None] | None = None
+    """Of a network that several share, each with an adapter of its own: turns one on and the others off."""
     idle: tuple[str, ...] = ()
     """Modules whose output nothing reads, so that their parameters never get a gradient; they stay as they are."""
 
@@ -167,9 +211,17 @@ class Denoiser(ABC, nn.Module):
             output: Tensor = self.network(timestep=timestep, return_dict=False, **cast, **(exactly or {}))[0]
         return output.float()
 
+    def beside(self, adapter: str | None, *, autocast: torch.dtype) -> Self:
+        """Another one on the same network, with an adapter (``None``: with none) and a dtype of its own."""
+        other = copy(self)
+        other.adapter, other._autocast = adapter, autocast
+        return other
+
     @contextmanager
     def running(self, device: torch.device) -> Iterator[torch.dtype]:
         """The context of a forward pass, and the dtype that its inputs have."""
+        if self.switch is not None:
+            self.switch(self.adapter)
         plain = self._autocast == torch.float32
         with torch.autocast(device.type, self._autocast, enabled=not plain):
             yield self.network.dtype if plain else self._autocast
@@ -264,7 +316,7 @@ class Experts:
 
 
 def _twice(x_t: Tensor, t: Tensor, cond: Conditions, uncond: Conditions) -> tuple[Tensor, Tensor, Conditions]:
-    return torch.cat([x_t, x_t]), torch.cat([t, t]), cond.join(uncond)
+    return torch.cat([x_t, x_t]), torch.cat([t, t]), cond.join(replace(uncond, picture=cond.picture))
 
 
 @dataclass(frozen=True, kw_only=True)

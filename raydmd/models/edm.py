@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raydmd.errors import InputError
 from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.classes import class_rows, labels_of
 from raydmd.models.family import Family
 from raydmd.process import EDM
 
@@ -51,7 +52,7 @@ class EdmDenoiser(Denoiser):
         sigma = self._process.sigma(t.float())
         scaled = x_t / (sigma.square() + 1).sqrt().view(-1, 1, 1, 1)
         labelled = self.network.config.num_class_embeds is not None
-        exactly = {"class_labels": cond.embeds[:, 0, 0].long()} if labelled else {}
+        exactly = {"class_labels": labels_of(cond)} if labelled else {}
         return self.call(TIME * torch.log(sigma * self._sigma_data + LEAST), exactly=exactly, sample=scaled)
 
 
@@ -92,6 +93,7 @@ class Edm(Family):
     """
 
     pipeline = ConsistencyModelPipeline
+    adapters = False
     network = "unet"
     prediction = "edm"
     text_parts = ()
@@ -130,13 +132,7 @@ class Edm(Family):
         return EdmDenoiser(network, self.process, sigma_data=self._sigma_data, autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        classes = self._unet.get("num_class_embeds") or 1
-        labels = [0]  # in the place of a negative prompt, which nothing asks for
-        for text in texts[1:]:
-            if not text.strip().isdecimal() or int(text) >= classes:
-                raise InputError(f"prompt {text!r} is no class of {self.path!r}, which has 0 to {classes - 1}")
-            labels.append(int(text))
-        return Conditions(embeds=torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1))
+        return class_rows(texts, classes=self._unet.get("num_class_embeds") or 1, none=0, path=self.path)
 
     def text_length(self) -> int:
         """See :class:`~raydmd.models.family.Family`; a prompt is one number."""

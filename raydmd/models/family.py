@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from raydmd.errors import InputError
 from raydmd.models.base import Conditions, Denoiser, Routing, Shape
-from raydmd.models.identity import fingerprint
+from raydmd.models.fusing import fuse
+from raydmd.models.hollow import hollow
+from raydmd.models.identity import digest, fingerprint
+from raydmd.models.packing import pack, unpack
+from raydmd.models.pictured import Pictured
+from raydmd.models.usage import usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from raydmd import recipe as recipes
     from raydmd.models.autoencoder import Autoencoder
@@ -25,8 +34,12 @@ if TYPE_CHECKING:
     from raydmd.process import Prediction, Process
     from raydmd.recipe_method import Method
 
+    Spread = Callable[[Sequence[Sequence[str]]], None]
+
 CHUNK = 64
 """Prompts in one forward of the text encoders."""
+PART = 1024
+"""Prompts in one part of a table: what is encoded, and kept, at once."""
 
 
 class Family(ABC):
@@ -51,6 +64,12 @@ class Family(ABC):
     process: Process
     prediction: Prediction
     autoencoder: Autoencoder
+    adapters: bool = True
+    """Its network can be given adapters."""
+    pictures: bool = False
+    """Its prompts have pictures."""
+    packed: bool = False
+    """Its network and its scheduler see latents in 2x2 cells (:mod:`raydmd.models.packing`)."""
     rescale: Rescale | None = None
     """What its pipeline does to a guided prediction beside :class:`~raydmd.guidance.Guidance`."""
     _shape: Shape
@@ -59,6 +78,12 @@ class Family(ABC):
         self.path = settings.path
         self._settings = settings
         self._index = index
+        self._without_weights = False
+        networks = [name for name in index if name.startswith(self.network) and self._has(name)]
+        if wrong := sorted(settings.lora.keys() - set(networks)):
+            raise InputError(
+                f"model.lora names {', '.join(wrong)}; the networks of {self.path!r} are {', '.join(networks)}"
+            )
 
     @abstractmethod
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Denoiser:
@@ -112,27 +137,100 @@ class Family(ABC):
         """
         del method  # of a flow model every grid has a stock scheduler
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], cache: Path) -> Path:
-        """Encode prompts (with the negative prompt as row 0) once; cached by content.
+    def encode(self, prompts: Sequence[str], cache: Path, *, spread: Spread | None = None) -> Path:
+        """Encode prompts (with the negative prompt as row 0) once; cached by content, and resumable by parts.
+
+        Args:
+            prompts: at least one.
+            cache: folder of such files.
+            spread: does :meth:`encode_part` for each part that is missing, in any order or place; default: here.
 
         Returns:
-            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.load_conditions`.
+            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.Conditions.read`.
         """
-        length = self.text_length()
-        texts = [self._settings.negative_prompt, *prompts]
-        key = json.dumps([fingerprint(self._settings, self.conditioning()), length, texts]).encode()
-        file = cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        file = self._encoded(prompts, cache)
+        if file.is_file():
+            return file
+        parts = [list(prompts[i : i + PART]) for i in range(0, len(prompts), PART)]
+        if len(parts) == 1:
+            return self.encode_part(prompts, cache)
+        missing = [part for part in parts if not self._encoded(part, cache).is_file()]
+        if spread is not None:
+            spread(missing)
+        for part in missing:
+            self.encode_part(part, cache)  # does nothing where it is there
+        found = [Conditions.read(self._encoded(part, cache)) for part in parts]
+        _write(Conditions.table(found), file)
+        for part in parts:
+            self._encoded(part, cache).unlink(missing_ok=True)
+        return file
+
+    @contextmanager
+    def without_weights(self, yes: bool = True) -> Iterator[None]:
+        """Networks loaded meanwhile are as they would be but for their parameters, which are on the meta device."""
+        before, self._without_weights = self._without_weights, yes
+        try:
+            yield
+        finally:
+            self._without_weights = before
+
+    def notes(self, method: Method) -> list[str]:
+        """What is no fault, but should be known before a run."""
+        told = self._config(SchedulerMixin, "scheduler") if self._has("scheduler") else {}
+        shift = None if told.get("use_dynamic_shifting") else told.get("flow_shift") or told.get("shift")
+        if shift is None or math.isclose(shift, method.shift):
+            return []
+        return [
+            f"the scheduler of {self.path!r} has shift {shift:g}, method.shift={method.shift:g}: the latter holds for "
+            "all roles here, teacher, fake score and student, and for the exported scheduler"
+        ]
+
+    def check_roles(self, training: recipes.Training) -> None:
+        """Refuse adapters on a network that diffusers can give none.
+
+        Raises:
+            InputError: naming the key.
+        """
+        for role in ("student", "fake"):
+            if not self.adapters and getattr(training, role).lora is not None:
+                raise InputError(
+                    f"training.{role}.lora does not fit {self.path!r}: in diffusers the network of a "
+                    f"{self.pipeline.__name__} takes no adapters. Set training.{role}.lora=null"
+                )
+
+    @torch.no_grad()
+    def encode_part(self, prompts: Sequence[str], cache: Path) -> Path:
+        """Encode prompts at once; see :meth:`encode`."""
+        file = self._encoded(prompts, cache)
         if not file.is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            self._encode(texts, length).save(partial)
-            partial.replace(file)
+            found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
+            _write(found.to(torch.device("cpu")), file)
         return file
+
+    def _encoded(self, prompts: Sequence[str], cache: Path) -> Path:
+        texts = [self._settings.negative_prompt, *prompts]
+        seen = [digest(text.picture) for text in texts if isinstance(text, Pictured)]
+        key = json.dumps([self._read_by, self.text_length(), texts, *seen]).encode()
+        return cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+
+    @cached_property
+    def _read_by(self) -> dict[str, str]:
+        return fingerprint(self._settings, self.conditioning())
+
+    def _encoders(self) -> Any:
+        """The stock pipeline's text parts, on a GPU where there is one."""
+        return self._text_pipeline().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def conditioning(self) -> tuple[str, ...]:
         """Those :attr:`text_parts` that this pipeline has."""
         return tuple(part for part in self.text_parts if self._has(part))
+
+    def fresh(self, generator: torch.Generator) -> Tensor:
+        """Noise ``(1, *latent)`` as the stock scheduler draws it between steps."""
+        like = torch.empty(1, *self._shape.latent)
+        drawn = torch.randn((pack(like) if self.packed else like).shape, generator=generator)
+        return unpack(drawn, like) if self.packed else drawn
 
     def render(self, latents: Tensor) -> Tensor:
         """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
@@ -215,33 +313,8 @@ class Family(ABC):
             beside: experts that the pipeline has no place for, and the step that each begins with.
             kind: diffusers' class of the experts.
         """
-        pipeline, absent = self.pipeline.__name__, "".join(f", {part}=None" for part in self.absent())
-        call = "\n".join(f"    {key}={value!r}," for key, value in self.sampling(steps=steps).items())
-        result, end = ("frames = pipe(", ").frames") if "num_frames" in call else ("image = pipe(", ").images[0]")
-        start = f'pipe = {pipeline}.from_pretrained("this/folder"{absent})'
-        if not beside:
-            return f'from diffusers import {pipeline}\n\n{start}\n{result}\n    "your prompt",\n{call}\n{end}'
-        others = "\n".join(
-            f'    {step}: {kind}.from_pretrained("this/folder", subfolder="{expert}"),'
-            for expert, step in beside.items()
-        )
-        return f"""from diffusers import {kind}, {pipeline}
-
-{start}
-experts = {{
-    0: pipe.{self.network},
-{others}
-}}
-
-def take_turns(pipe, step, time, values):  # after the last step it is the first one's turn again
-    pipe.{self.network} = experts.get((step + 1) % {steps}, pipe.{self.network}).to(pipe.device)
-    return values
-
-{result}
-    "your prompt",
-{call}
-    callback_on_step_end=take_turns,
-{end}"""
+        call = self.sampling(steps=steps)
+        return usage(self.pipeline.__name__, self.network, call, self.absent(), steps=steps, beside=beside, kind=kind)
 
     @property
     def revision(self) -> dict[str, str]:
@@ -280,7 +353,12 @@ def take_turns(pipe, step, time, values):  # after the last step it is the first
         """A part's weights, or ``None`` where the pipeline has no such part."""
         if not self._has(part):
             return None
-        return kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+        if self._without_weights:
+            return hollow(kind, self._config(kind, part), dtype)
+        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+        if part in self._settings.lora:
+            fuse(self.pipeline, loaded, Path(self._settings.lora[part]), prefix=self.network)
+        return loaded
 
     def _tokenizer(self, part: str = "tokenizer") -> Any:
         """A tokenizer, or ``None`` where the pipeline has none of that name."""
@@ -303,6 +381,12 @@ def take_turns(pipe, step, time, values):  # after the last step it is the first
         missing = [part for part in parts if not self._has(part)]
         if missing:
             raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")
+
+
+def _write(conditions: Conditions, file: Path) -> None:
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    conditions.save(partial)
+    partial.replace(file)
 
 
 def chunks(texts: Sequence[str]) -> Iterator[list[str]]:

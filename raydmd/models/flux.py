@@ -88,6 +88,7 @@ class Flux(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = FluxPipeline
+    packed = True
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
@@ -112,10 +113,11 @@ class Flux(Family):
         return FluxDenoiser(self._load(FluxTransformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline = self._text_pipeline()
+        pipeline = self._encoders()
         rows = [pipeline.encode_prompt(part, None, max_sequence_length=length) for part in chunks(texts)]
         return Conditions(
-            embeds=torch.cat([row[0].float() for row in rows]), pooled=torch.cat([row[1].float() for row in rows])
+            embeds=torch.cat([row[0].float().cpu() for row in rows]),
+            pooled=torch.cat([row[1].float().cpu() for row in rows]),
         )
 
     def text_length(self) -> int:

@@ -46,13 +46,20 @@ def fingerprint(settings: Model, parts: Sequence[str]) -> dict[str, str]:
         if not files:
             raise InputError(f"model {settings.path!r} has no files in {part}")
         try:
-            found |= {f.relative_to(root).as_posix(): _digest(f) for f in files}
+            found |= {f.relative_to(root).as_posix(): digest(f) for f in files}
+            if part in settings.lora:
+                found[f"{part}, LoRA"] = digest(Path(settings.lora[part]))
         except (OSError, ValueError) as error:
             raise InputError(f"model {settings.path!r}, part {part}: {error}") from None
     return found
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """What a file is known by; see :func:`fingerprint`.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     if file.name == "config.json":
         kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if not k.startswith("_")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]

@@ -84,7 +84,7 @@ class Lumina2(Family):
         return Lumina2Denoiser(self._load(Lumina2Transformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline = self._text_pipeline()
+        pipeline = self._encoders()
         _, _, *negative = pipeline.encode_prompt("", True, negative_prompt=texts[0], max_sequence_length=length)
         rows = [pipeline.encode_prompt(part, False, max_sequence_length=length)[:2] for part in chunks(texts[1:])]
         embeds, mask = (torch.cat(column) for column in zip(negative, *rows, strict=True))

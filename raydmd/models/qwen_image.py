@@ -77,6 +77,7 @@ class QwenImage(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = QwenImagePipeline
+    packed = True
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
@@ -92,11 +93,11 @@ class QwenImage(Family):
         return QwenImageDenoiser(self._load(QwenImageTransformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline, embeds, masks = self._text_pipeline(), [], []
+        pipeline, embeds, masks = self._encoders(), [], []
         for part in chunks(texts):
             found, mask = pipeline.encode_prompt(part, max_sequence_length=length)
-            embeds += list(found.float())
-            masks += list(torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool())
+            embeds += list(found.float().cpu())
+            masks += list(torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu())
         return Conditions(
             embeds=nn.utils.rnn.pad_sequence(embeds, batch_first=True),
             mask=nn.utils.rnn.pad_sequence(masks, batch_first=True),

@@ -97,7 +97,8 @@ class StableDiffusion3(Family):
         return StableDiffusion3Denoiser(self._load(SD3Transformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline = self._text_pipeline()
+        pipeline = self._encoders()
+        device = pipeline.device
         if not self._has("text_encoder_3"):  # the stock pipeline asks the transformer how wide T5's zeros are
             config = self._config(SD3Transformer2DModel, "transformer")
             with torch.device("meta"):
@@ -107,14 +108,14 @@ class StableDiffusion3(Family):
                 prompt=part,
                 prompt_2=None,
                 prompt_3=None,
-                device=torch.device("cpu"),
+                device=device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=length,
             )
             for part in chunks(texts)
         ]
         return Conditions(
-            embeds=torch.cat([p[0].float() for p in parts]), pooled=torch.cat([p[2].float() for p in parts])
+            embeds=torch.cat([p[0].float().cpu() for p in parts]), pooled=torch.cat([p[2].float().cpu() for p in parts])
         )
 
     def text_length(self) -> int:

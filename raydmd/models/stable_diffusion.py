@@ -18,14 +18,13 @@ from raydmd.errors import InputError
 from raydmd.models.autoencoder import ImageAutoencoder
 from raydmd.models.base import Conditions, Denoiser
 from raydmd.models.family import Family, chunks
-from raydmd.models.schedulers import PREDICTIONS, table_scheduler
-from raydmd.process import VariancePreserving
+from raydmd.models.schedulers import check_table, table_process, table_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from raydmd import recipe as recipes
-    from raydmd.process import Prediction
+    from raydmd.process import VariancePreserving
     from raydmd.recipe_method import Method
 
 
@@ -87,13 +86,13 @@ class StableDiffusion(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("unet", "vae", "scheduler", *self.text_parts)
-        self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
+        self.process, self.prediction = table_process(self.path, self._config(DDIMScheduler, "scheduler"))
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="none")
         self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
-        _check(self, self.process, method)
+        check_table(self.path, self.process, method)
 
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
         """See :class:`~raydmd.models.family.Family`."""
@@ -101,8 +100,8 @@ class StableDiffusion(Family):
         return UNetDenoiser(network, self.process, sizes=None, autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline = self._text_pipeline()
-        found = [pipeline.encode_prompt(part, torch.device("cpu"), 1, False)[0].float() for part in chunks(texts)]
+        pipeline = self._encoders()
+        found = [pipeline.encode_prompt(part, pipeline.device, 1, False)[0].float() for part in chunks(texts)]
         return Conditions(embeds=torch.cat(found))
 
     def text_length(self) -> int:
@@ -149,13 +148,13 @@ class StableDiffusionXL(Family):
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
         self._require("unet", "vae", "scheduler", *self.text_parts)
-        self.process, self.prediction = _process(self.path, self._config(DDIMScheduler, "scheduler"))
+        self.process, self.prediction = table_process(self.path, self._config(DDIMScheduler, "scheduler"))
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="statistics")
         self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
-        _check(self, self.process, method)
+        check_table(self.path, self.process, method)
 
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
         """See :class:`~raydmd.models.family.Family`."""
@@ -164,13 +163,14 @@ class StableDiffusionXL(Family):
         return UNetDenoiser(network, self.process, sizes=(*size, 0, 0, *size), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline, device = self._text_pipeline(), torch.device("cpu")
+        pipeline = self._encoders()
         # Without a negative prompt the stock pipeline reads zeros, if its model_index.json says so.
         negative = pipeline.encode_prompt(
-            "", device=device, do_classifier_free_guidance=True, negative_prompt=texts[0] or None
+            "", device=pipeline.device, do_classifier_free_guidance=True, negative_prompt=texts[0] or None
         )
         rows = [
-            pipeline.encode_prompt(part, device=device, do_classifier_free_guidance=False) for part in chunks(texts[1:])
+            pipeline.encode_prompt(part, device=pipeline.device, do_classifier_free_guidance=False)
+            for part in chunks(texts[1:])
         ]
         return Conditions(
             embeds=torch.cat([negative[1], *(row[0] for row in rows)]).float(),
@@ -199,40 +199,10 @@ class StableDiffusionXL(Family):
         )
 
 
-def _process(path: str, told: Mapping[str, Any]) -> tuple[VariancePreserving, Prediction]:
-    """The noise process and the network's prediction, as a pipeline's scheduler states them."""
-    kind, schedule = told.get("prediction_type", "epsilon"), told.get("beta_schedule")
-    where = f"model {path!r}: scheduler/scheduler_config.json says"
-    if kind not in PREDICTIONS:
-        raise InputError(
-            f"{where} prediction_type={kind!r}, but a U-Net of this pipeline predicts one of {', '.join(PREDICTIONS)}"
-        )
-    if schedule not in ("linear", "scaled_linear") or told.get("trained_betas"):
-        raise InputError(f"{where} beta_schedule={schedule!r}, or gives its own betas; known are linear, scaled_linear")
-    if told.get("rescale_betas_zero_snr"):
-        raise InputError(f"{where} rescale_betas_zero_snr, which raydmd does not know")
-    betas = float(told["beta_start"]), float(told["beta_end"])
-    return VariancePreserving(*betas, schedule, int(told.get("num_train_timesteps", 1000))), PREDICTIONS[kind]
-
-
 def _size(config: Mapping[str, Any], scale: int) -> dict[str, int]:
     """What :meth:`Family._image` asks of a U-Net."""
     cell = 2 ** (len(config["block_out_channels"]) - 1)
     return {"channels": config["in_channels"], "cell": cell, "side": config["sample_size"] * scale}
-
-
-def _check(family: Family, process: VariancePreserving, method: Method) -> None:
-    """Refuse a student's grid that no stock scheduler of a table walks."""
-    if method.shift != 1:
-        raise InputError(
-            f"method.shift={method.shift:g} does not fit {family.path!r}: its noise process is variance preserving, "
-            "whose schedulers know no shift. Set method.shift=1"
-        )
-    if process.entries % method.steps:
-        raise InputError(
-            f"method.steps={method.steps} does not fit {family.path!r}: its {process.entries} times do not divide "
-            f"into {method.steps} equal steps"
-        )
 
 
 def _length(family: Family, settings: recipes.Model, tokenizer: Any) -> int:

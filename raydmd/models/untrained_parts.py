@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 WIDTH = 24
 """Of every text encoder but CLIP's."""
@@ -68,3 +77,12 @@ def image_vae(*, levels: int, channels: int = 4, **settings: Any) -> Autoencoder
         scaling_factor=1.5,
         **({"shift_factor": 0.06} | settings),
     )
+
+
+def classifier(folder: Path, *, classes: int) -> None:
+    """Write an image classifier of one layer, with its picture settings."""
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=2, num_labels=classes)).save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    pictures = {"size": {"height": 16, "width": 16}, "resample": 2, "image_mean": half, "image_std": half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures), encoding="utf-8")

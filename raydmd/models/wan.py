@@ -91,7 +91,7 @@ class Wan(Family):
                 f"model.frames={frames}, model.height={height}, model.width={width} do not fit {self.path!r}: frames "
                 f"must be 1 + a multiple of {temporal}, height of {spatial * ph}, width of {spatial * pw}"
             )
-        latent = (config["in_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
+        latent = (config["out_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
         return Shape(latent=latent, frames=frames, height=height, width=width)
 
     def experts_held(self) -> tuple[str, ...]:
@@ -119,9 +119,9 @@ class Wan(Family):
         return WanDenoiser(network, per_token_time=per_token, autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline = self._text_pipeline()
+        pipeline = self._encoders()
         rows = [
-            pipeline.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=length)[0].float()
+            pipeline.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=length)[0].float().cpu()
             for part in chunks(texts)
         ]
         return Conditions(embeds=torch.cat(rows))

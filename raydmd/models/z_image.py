@@ -80,9 +80,10 @@ class ZImage(Family):
         return ZImageDenoiser(self._load(ZImageTransformer2DModel, expert, dtype=dtype), autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        pipeline, found = self._text_pipeline(), []
+        pipeline, found = self._encoders(), []
         for part in chunks(texts):
-            found += pipeline.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+            rows = pipeline.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+            found += [row.cpu() for row in rows]
         pad = nn.utils.rnn.pad_sequence
         masks = [torch.ones(len(e), dtype=torch.bool) for e in found]
         return Conditions(embeds=pad(found, batch_first=True).float(), mask=pad(masks, batch_first=True))

@@ -70,6 +70,12 @@ def load(spec: recipes.Reward, *, judge: Path | None = None, device: torch.devic
         if file is None:
             raise InputError("a reward of kind zoo needs a judge: the model has none, so give its file as path")
         return ClassifierReward.load(file, device=device)
+    if spec.kind == "class":
+        from raydmd.rewards.classes import ClassReward
+
+        if not spec.path and judge is None:
+            raise InputError("a reward of kind class needs an image classifier: the model has none, so give its path")
+        return ClassReward.load(spec.path or str(judge), frames=frames, device=device)
     path = spec.path or PATHS[spec.kind]
     from raydmd.rewards.clip import ClipEncoder, ClipScore, PickScore
     from raydmd.rewards.heads import HpsScore, ImageReward

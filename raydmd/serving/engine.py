@@ -10,7 +10,7 @@ import torch
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions
+from raydmd.models.base import Conditions
 from raydmd.serving.batcher import Key
 from raydmd.serving.client import ReplicaFailed
 from raydmd.serving.messages import Request, ScoreRequest, WalkRequest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.methods.terms import Answer
-    from raydmd.models.base import Conditions, Experts
+    from raydmd.models.base import Experts
 
 
 class Engine(ABC):
@@ -112,7 +112,7 @@ def load_teacher_engine(
     experts = build()
     for module in experts.modules.values():
         module.to(device).eval().requires_grad_(False)
-    return TeacherEngine(experts, load_conditions(Path(conditions_file)), sample_shape=sample_shape)
+    return TeacherEngine(experts, Conditions.read(Path(conditions_file)), sample_shape=sample_shape)
 
 
 def answer_each(engine: Engine, requests: Sequence[Request], *, who: str) -> list[Answer | RaydmdError]:

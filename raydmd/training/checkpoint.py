@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRESS = "progress.json"
+STUDENT = "student"
+"""Folder of a finished run's checkpoint that holds its student, one safetensors file per expert."""
 
 
 @dataclass(frozen=True, kw_only=True)

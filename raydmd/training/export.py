@@ -16,8 +16,8 @@ from raydmd.methods.phases import split_grid
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts
 from raydmd.process import step_grid
-from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter
-from raydmd.training.worker import STUDENT
+from raydmd.training.checkpoint import STUDENT
+from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter, own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from raydmd.methods.rollout import Solver
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
+
+
+PIPELINE, CARD = "pipeline", "README.md"
+"""In a run's folder, and in an exported pipeline's: the model card."""
 
 
 def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Denoiser]:
@@ -37,11 +41,13 @@ def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Deno
         denoiser = family.denoiser(source, dtype=torch.float32)
         if lora is not None:
             add_adapter(denoiser, lora, seed=recipe.seed)
-        state = load_file(file)
-        wanted = {n for n, _ in denoiser.network.named_parameters() if lora is None or "lora_" in n}
-        if wanted != set(state):
-            raise RunFailed(f"{file} does not hold this student's weights: {sorted(wanted ^ set(state))[:3]} differ")
-        denoiser.network.load_state_dict(state, strict=False)
+        state, wanted = load_file(file), own_parameters(denoiser)
+        if wanted.keys() != state.keys():
+            differ = sorted(wanted.keys() ^ state.keys())[:3]
+            raise RunFailed(f"{file} does not hold this student's weights: {differ} differ")
+        with torch.no_grad():
+            for name, p in wanted.items():
+                p.copy_(state[name])
         found[expert] = denoiser.eval().requires_grad_(False)
     return found
 
@@ -75,7 +81,7 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
             denoiser.network.fuse_lora(adapter_names=[ADAPTER])
             denoiser.network.unload_lora()
     routing = student_routing(recipe.method, family.routing())
-    pipeline = folder / "pipeline"
+    pipeline = folder / PIPELINE
     family.export(
         pipeline,
         {e: d.network for e, d in denoisers.items()},
@@ -84,11 +90,17 @@ def export(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser], fo
         boundaries=routing.boundaries,
         stochastic=solver(recipe) == "renoise",
     )
-    (pipeline / "README.md").write_text(_card(recipe, family, denoisers), encoding="utf-8")
+    (pipeline / CARD).write_text(_card(recipe, family, denoisers), encoding="utf-8")
     written.append(pipeline)
     for path in written:
         readable(path)
     return written
+
+
+def add_results(pipeline: Path, table: str) -> None:
+    """Put an evaluation's table into an exported pipeline's model card."""
+    with (pipeline / CARD).open("a", encoding="utf-8") as card:
+        card.write(f"\n## Results\n\nMeasured by raydmd when it was made, on the same seeds:\n\n```\n{table}\n```\n")
 
 
 def readable(path: Path) -> None:

@@ -19,19 +19,20 @@ from raydmd.evaluation.instruments import load_instruments
 from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
-from raydmd.training.export import export, load_student, readable, solver, student_experts
+from raydmd.training.export import PIPELINE, add_results, export, load_student, readable, solver, student_experts
 from raydmd.training.plan import CyclePlan
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from raydmd.models.base import Conditions, Experts
+    from raydmd.models.base import Experts
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
@@ -63,6 +64,7 @@ def finish_run(
     student = load_student(recipe, family, Path(checkpoint))
     written = export(recipe, family, student, folder)
     evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts)
+    add_results(folder / PIPELINE, evaluation.text())
     facts = facts | {
         "training": f"{trained_seconds:.0f} s wall time, start included",
         "cycles": f"{recipe.training.cycles}",
@@ -100,7 +102,7 @@ def measure(
     else:
         texts = [prompts[i // e.per_prompt % len(prompts)] for i in range(e.samples)]
     unique = list(dict.fromkeys(texts))
-    conditions = load_conditions(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
+    conditions = Conditions.read(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
     rows = [1 + unique.index(t) for t in texts]
     teacher = load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
     if device.type == "cuda" and recipe.training.precision == "bf16":

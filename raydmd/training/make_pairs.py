@@ -11,8 +11,8 @@ import ray
 import torch
 
 from raydmd.errors import DONE
-from raydmd.models import load_conditions, load_family, load_teacher
-from raydmd.models.places import locate
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.pairs.make import begin, make_pairs
 from raydmd.pairs.manifest import MANIFEST, Manifest
 from raydmd.pairs.origin import folder_of, origin_of
@@ -21,8 +21,8 @@ from raydmd.serving.local import LocalClient
 from raydmd.serving.pool import Pool
 from raydmd.serving.pool_client import PoolClient
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
+from raydmd.training.encoding import training_prompts
 from raydmd.training.folder import locked
-from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import prepare_process
 from raydmd.training.run import build_teacher, quiet, teacher_replicas
 
@@ -59,7 +59,7 @@ def make(recipe: Recipe, count: int, folder: Path | None = None, *, shard: int |
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     folder = lasting(folder or folder_of(recipe))
     family = load_family(recipe.model)
-    prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
+    prompts = training_prompts(recipe, family)
     origin = origin_of(recipe, family, prompts, count, shard)
     with locked(folder):
         manifest = begin(folder, origin, recipe.model.negative_prompt, prompts)
@@ -83,11 +83,11 @@ def make_missing(recipe: Recipe, count: int) -> None:
 def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) -> Iterator[Client]:
     """The frozen teacher for as long as the block lasts: a pool, or a copy in this process."""
     p = recipe.placement
-    if p.teacher == "local":
+    if p.teacher != "remote":
         prepare_process(threads=p.threads, deterministic=recipe.deterministic)
         device = torch.device("cuda" if p.worker_gpus and torch.cuda.is_available() else "cpu")
         experts = load_teacher(family, recipe.training.precision, device=device)
-        yield LocalClient(TeacherEngine(experts, load_conditions(conditions)))
+        yield LocalClient(TeacherEngine(experts, Conditions.read(conditions)))
         return
     connect()
     try:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from raydmd.errors import InputError
-from raydmd.models import load_conditions
+from raydmd.models.base import Conditions
 from raydmd.objectives.auxiliary import paired_l2
 from raydmd.pairs.manifest import read_prompts
 from raydmd.pairs.origin import batch_of, check, folder_of
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raydmd.methods.regression import Distance
-    from raydmd.models.base import Conditions
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
     from raydmd.recipe_regression import Regression
@@ -126,7 +125,7 @@ def open_pairs(recipe: Recipe, family: Family, conditions: Path, device: torch.d
     store = PairStore.open(folder_of(recipe))
     return Pairing(
         store=store,
-        conditions=load_conditions(conditions),
+        conditions=Conditions.read(conditions),
         distance=distance_of(settings, family.render, device),
         resample=settings.resample,
         errors=no_errors(len(store)),

@@ -16,7 +16,8 @@ from ray.train import Checkpoint
 
 from raydmd.data.real import load_real
 from raydmd.errors import NonFiniteError, RunFailed
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
@@ -25,6 +26,7 @@ from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.pairing import open_pairs
 from raydmd.training.session import Session
+from raydmd.training.tied import Tied
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -125,14 +127,16 @@ def train_loop(config: LoopConfig) -> None:
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
     family = load_family(c.recipe.model)
+    tied = Tied(c.recipe, family, session.device) if c.recipe.placement.teacher == "tied" else None
     job = Job(
         recipe=c.recipe,
         family=family,
-        conditions=load_conditions(Path(c.conditions)),
+        conditions=Conditions.read(Path(c.conditions)),
         real=load_real(Path(c.real)) if c.real else None,
         stop_at=c.stop_at,
         stop_file=folder / "STOP",
         pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
+        tied=tied,
     )
     try:
         Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()
@@ -141,9 +145,11 @@ def train_loop(config: LoopConfig) -> None:
 
 
 def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
-    """The frozen teacher: a client of the pool, or a copy in this process."""
+    """The frozen teacher: a client of the pool, what the roles here are adapters of, or a copy in this process."""
     if c.pool is not None:
         return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
+    if job.tied is not None:
+        return LocalClient(TeacherEngine(job.tied.teacher(), job.conditions))
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
     return LocalClient(TeacherEngine(experts, job.conditions))
 

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +21,7 @@ from raydmd.models.base import Denoiser, Experts, Routing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from raydmd import recipe as recipes
     from raydmd.process import Prediction, Process
@@ -70,15 +73,15 @@ class TrainedRole:
         self._kept = tuple(e for e in experts if e in (*finished, *trained))
         self._decay = average
         for expert, denoiser in experts.items():
-            _select(denoiser, train=expert in trained, lora=settings.lora is not None)
+            _select(denoiser, train=expert in trained)
         if sharding == "fsdp" and dist.is_initialized():
             for denoiser in experts.values():
                 if not isinstance(denoiser.network, FSDPModule):  # experts of earlier phases come sharded
-                    _shard(denoiser, precision)
+                    shard(denoiser, precision)
             for head in self.bare_heads.values():
                 fully_shard(head, reshard_after_forward=True)
         self.parameters = {
-            f"{e}.{n}": p for e in trained for n, p in experts[e].network.named_parameters() if p.requires_grad
+            f"{e}.{n}": p for e in trained for n, p in own_parameters(experts[e]).items() if p.requires_grad
         }
         groups = [{"params": list(self.parameters.values()), "full_rate": settings.rate}]
         if self.bare_heads:
@@ -172,31 +175,55 @@ class TrainedRole:
         found |= {f"{self.name}.average.{n}": v for n, v in self.average.items()}
         return found | {f"{self.name}.updates": self.updates}
 
+    def write(self, folder: Path, *, rank: int) -> None:
+        """Gather what trains of every expert, and write it on rank 0: a safetensors file for each."""
+        self.reshard()
+        for expert, denoiser in self.denoisers.items():
+            found = {}
+            for name, p in own_parameters(denoiser).items():
+                whole = p.full_tensor() if isinstance(p, DTensor) else p
+                if rank == 0:
+                    found[name] = whole.detach().cpu().contiguous()
+            if rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(found, folder / f"{expert}.safetensors")
+
     def _kept_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for expert in self._kept:
-            for name, p in self.denoisers[expert].network.named_parameters():
-                if self.settings.lora is None or "lora_" in name:
-                    yield f"{expert}.{name}", p.detach()
+            for name, p in own_parameters(self.denoisers[expert]).items():
+                yield f"{expert}.{name}", p.detach()
         for expert, head in self.bare_heads.items():
             for name, p in head.named_parameters():
                 yield f"{expert}.head.{name}", p.detach()
 
 
-def add_adapter(denoiser: Denoiser, lora: recipes.Lora, *, seed: int) -> None:
-    """Give a network low-rank adapters whose start depends on the seed alone.
+def own_parameters(denoiser: Denoiser) -> dict[str, nn.Parameter]:
+    """What may train of a network, by name: all of it, or its role's adapter, whose own name is left out."""
+    found = dict(denoiser.network.named_parameters())
+    if denoiser.adapter is None:
+        return found
+    mark = f".{denoiser.adapter}."
+    return {name.replace(mark, "."): p for name, p in found.items() if "lora_" in name and mark in name}
+
+
+def add_adapter(denoiser: Denoiser, lora: recipes.Lora, *, seed: int, name: str = ADAPTER) -> None:
+    """Give a network low-rank adapters in fp32, whose start depends on the seed alone.
 
     Raises:
         RunFailed: if a target that the recipe names is no module's.
     """
-    names = [name for name, _ in denoiser.network.named_modules()]
+    modules = [module for module, _ in denoiser.network.named_modules()]
     for target in lora.targets or ():  # peft is content if any of them is found
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(module == target or module.endswith(f".{target}") for module in modules):
             raise RunFailed(f"lora.targets: no module of {type(denoiser.network).__name__} ends in {target!r}")
     targets = list(lora.targets or denoiser.lora_targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser.network.add_adapter(config, adapter_name=ADAPTER)
+        denoiser.network.add_adapter(config, adapter_name=name)
+    denoiser.adapter = name
+    for p in own_parameters(denoiser).values():  # peft makes them of the network's dtype
+        p.data = p.data.float()
 
 
 def adapter_weights(denoiser: Denoiser) -> dict[str, Tensor]:
@@ -206,28 +233,47 @@ def adapter_weights(denoiser: Denoiser) -> dict[str, Tensor]:
 
 
 def _parallel(module: nn.Module) -> DistributedDataParallel:
+    if isinstance(module, Denoiser) and module.switch is not None:  # other roles' adapters are theirs to reduce
+        mine = {id(p) for p in own_parameters(module).values()}
+        others = [name for name, p in module.named_parameters() if id(p) not in mine]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, others)  # type: ignore[no-untyped-call]
     # One bucket, so that the order of sums does not depend on timing (shown for two ranks, where
     # addition commutes; a ring of more may differ in the last bit after a resume).
     return DistributedDataParallel(module, broadcast_buffers=False, bucket_cap_mb=4096, gradient_as_bucket_view=True)
 
 
-def _select(denoiser: Denoiser, *, train: bool, lora: bool) -> None:
-    for name, p in denoiser.network.named_parameters():
+def _select(denoiser: Denoiser, *, train: bool) -> None:
+    if denoiser.adapter is not None:
+        for name, p in denoiser.network.named_parameters():
+            if "lora_" not in name:
+                p.requires_grad_(False)
+    for name, p in own_parameters(denoiser).items():
         idle = any(name.startswith(f"{module}.") for module in denoiser.idle)
-        p.requires_grad_(train and not idle and (not lora or "lora_" in name))
+        p.requires_grad_(train and not idle)
 
 
-def _shard(denoiser: Denoiser, precision: str) -> None:
-    """FSDP2, per block; the network's own list says what a block is."""
+def shard(denoiser: Denoiser, precision: str) -> None:
+    """FSDP2, per block; the network's own list says what a block is. All ranks get rank 0's weights.
+
+    Args:
+        denoiser: with its adapters, if it is to have any.
+        precision: of the forward pass. What is gathered has it too, but where adapters train: a frozen network is
+            of that dtype already, and adapters stay fp32.
+    """
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        param_dtype=torch.bfloat16 if precision == "bf16" and denoiser.adapter is None else None,
         reduce_dtype=torch.float32,
         # Casting inputs would round the timestep: bf16 knows no number between 936 and 940.
         cast_forward_inputs=False,
     )
-    blocks = set(denoiser.network._no_split_modules or ())
-    for module in reversed(list(denoiser.network.modules())):  # a U-Net's blocks lie in each other: inner ones first
+    network = denoiser.network
+    whole = network.state_dict() if dist.get_rank() == 0 else {}
+    blocks = set(network._no_split_modules or ()) or {type(block).__name__ for block in denoiser.blocks}
+    for module in reversed(list(network.modules())):  # a U-Net's blocks lie in each other: inner ones first
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=policy)
     # A root that stays gathered after a forward without backward would show bf16 copies to a checkpoint.
-    fully_shard(denoiser.network, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(network, mp_policy=policy, reshard_after_forward=True)
+    if dist.get_world_size() > 1:  # rank 0 alone has read weights
+        sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(network, whole, options=sent)

@@ -23,17 +23,16 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
-from raydmd.models.places import locate
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
+from raydmd.training.encoding import encode, training_prompts
 from raydmd.training.events import read_lines
 from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.pairing import check_pairs
-from raydmd.training.prompts import read_prompts
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
@@ -62,12 +61,15 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
     family.check(recipe.method)
+    family.check_roles(recipe.training)
     try:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
+    for note in family.notes(recipe.method):
+        print(f"note: {note}")
     check_instruments(recipe.evaluation)
-    prompts = read_prompts(recipe.data.prompts or locate(recipe.model).prompts)
+    prompts = training_prompts(recipe, family)
     source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
     folder = recipe.folder
     with locked(folder):
@@ -106,8 +108,8 @@ def conduct(
     tracker = Tracker.open(recipe, versions())
     try:
         cache = (recipe.data.cache or folder / "conditions").absolute()
-        conditions = family.encode(prompts, cache)
-        pairs = family.encode(paired, cache) if paired else None
+        conditions = encode(recipe, family, prompts, cache, stop)
+        pairs = encode(recipe, family, paired, cache, stop) if paired else None
         real = prepare(source, recipe.model, family, cache, print) if source else None
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
@@ -42,9 +40,7 @@ if TYPE_CHECKING:
     from raydmd.training.monitor import Alarm, Measures
     from raydmd.training.pairing import Pairing
     from raydmd.training.session import Session
-
-STUDENT = "student"
-"""Folder of a finished run's checkpoint that holds its student, one safetensors file per expert."""
+    from raydmd.training.tied import Tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +55,7 @@ class Job:
         stop_at: cycles after which this invocation stops, resumable; ``None`` runs to the end.
         stop_file: stops the run when it exists.
         pairing: noise-image pairs, where the method regresses to them.
+        tied: the networks that student and fake score share with the teacher, where they do.
     """
 
     recipe: Recipe
@@ -68,6 +65,7 @@ class Job:
     stop_at: int | None = None
     stop_file: Path | None = None
     pairing: Pairing | None = None
+    tied: Tied | None = None
 
 
 class Worker:
@@ -92,6 +90,7 @@ class Worker:
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
         self.plan = CyclePlan.of(training, len(self.method.phases))
         self._conditions, self._real, self._pairing = job.conditions, job.real, job.pairing
+        self._tied = job.tied
         self._pairs: PairStream | None = None
         for part, wanted, given in (
             ("adapt", self.recipe.method.adapt, rewards),
@@ -223,7 +222,7 @@ class Worker:
                 self.events.write("start", world=self.session.world)
                 return True
             fresh = self._load(folder)
-            self._written = (folder / STUDENT).is_dir()
+            self._written = (folder / checkpoint.STUDENT).is_dir()
             self.events.write("resume", cycle=self.cycle, world=self.session.world)
             return fresh
 
@@ -274,23 +273,28 @@ class Worker:
         self.fake = self.student = None  # type: ignore[assignment]  # their memory is needed for the next ones
         student = {e: students.get(e) or self._student_expert(e) for e in needed}
         self.student = self._role("student", student, phase.student, finished, training.student, routing)
-        fake = {e: self._expert(e, training.fake) for e in phase.fake_experts}
+        fake = {e: self._expert("fake", e, e) for e in phase.fake_experts}
         heads = make_heads(recipe.method.gan, fake, seed=recipe.seed, device=self.session.device)
         self.fake = self._role("fake", fake, phase.fake_experts, (), training.fake, self.routing, heads)
 
     def _student_expert(self, expert: str) -> Denoiser:
-        return self._expert(source_expert(self.recipe.method, self.routing, expert), self.recipe.training.student)
+        return self._expert("student", expert, source_expert(self.recipe.method, self.routing, expert))
 
-    def _expert(self, source: str, settings: Role) -> Denoiser:
+    def _expert(self, role: str, expert: str, source: str) -> Denoiser:
+        if self._tied is not None:
+            return self._tied.expert(role, expert)
         training = self.recipe.training
-        autocast = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        denoiser = self.family.denoiser(source, dtype=torch.float32, autocast=autocast)
-        if settings.lora is not None:
-            add_adapter(denoiser, settings.lora, seed=self.recipe.seed)
+        lora = (training.student if role == "student" else training.fake).lora
+        precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        # What is frozen needs no master weights.
+        sharded = training.sharding == "fsdp" and dist.is_initialized()
+        with self.family.without_weights(sharded and self.session.rank > 0):  # they are sent rank 0's
+            denoiser = self.family.denoiser(source, dtype=precision if lora else torch.float32, autocast=precision)
+        if lora is not None:
+            add_adapter(denoiser, lora, seed=self.recipe.seed)
         if training.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         denoiser.train()
-        sharded = training.sharding == "fsdp" and dist.is_initialized()
         return denoiser if sharded else denoiser.to(self.session.device)
 
     def _role(
@@ -365,7 +369,7 @@ class Worker:
             )
             checkpoint.save(folder, self.state(), progress, rank=self.session.rank)
             if student:
-                write_student(folder / STUDENT, self.student, rank=self.session.rank)
+                self.student.write(folder / checkpoint.STUDENT, rank=self.session.rank)
             suffix = "-final" if student else "-phase" if ended else ""
             self.session.report(done, folder, checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix)
         self.events.write("checkpoint", cycle=self.cycle, phase=phase)
@@ -398,18 +402,3 @@ class Worker:
             raise error or RunFailed(text)
         # Somebody's error may pass: every rank leaves the same way, and Ray Train restarts them all.
         raise RuntimeError(text) from error
-
-
-def write_student(folder: Path, role: TrainedRole, *, rank: int) -> None:
-    """Gather the student's weights and write them on rank 0: full, or its adapters."""
-    role.reshard()
-    for expert, denoiser in role.denoisers.items():
-        found = {}
-        for name, p in denoiser.network.named_parameters():
-            if role.settings.lora is None or "lora_" in name:
-                whole = p.full_tensor() if isinstance(p, DTensor) else p
-                if rank == 0:
-                    found[name] = whole.detach().cpu().contiguous()
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(found, folder / f"{expert}.safetensors")

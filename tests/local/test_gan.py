@@ -23,8 +23,8 @@ from raydmd.data.media import pixels
 from raydmd.data.real import EMPTY, SHARD, RealData, inspect, load_real, prepare
 from raydmd.draws import Draws
 from raydmd.errors import InputError, RunFailed
-from raydmd.models import load_conditions, load_family, load_teacher
-from raydmd.models.base import Shape
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions, Shape
 from raydmd.recipe import Model, Recipe, derive
 from raydmd.recipe_gan import Gan
 from raydmd.serving.engine import TeacherEngine
@@ -75,7 +75,7 @@ def build(r: Recipe, stop_at: int | None = None, session: FolderSession | None =
     torch.set_num_threads(1)
     r.folder.mkdir(parents=True, exist_ok=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table, real=real_data(r), stop_at=stop_at)
     return Worker(job, teacher, session or FolderSession(r.folder), EventLog(r.folder / "events.jsonl"))
@@ -160,7 +160,7 @@ def test_a_gan_moves_student_and_fake_elsewhere_and_without_it_nothing_changes(t
 def plain(r: Recipe) -> Worker:
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=1)
     return Worker(job, teacher, FolderSession(r.folder), EventLog(r.folder / "events.jsonl"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.recipe import Recipe, derive
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
@@ -49,7 +50,7 @@ def test_the_experiment_runs_to_its_report(tmp_path, method):
     )
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
     session = FolderSession(r.folder)

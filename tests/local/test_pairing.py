@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from raydmd.errors import InputError
 from raydmd.evaluation.perceptual import backbone, load_lpips, ssim
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.models.places import locate
 from raydmd.pairs.make import begin, make_pairs
 from raydmd.pairs.manifest import PairsError
@@ -46,7 +47,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def teacher(family, tmp_path_factory):
-    table = load_conditions(family.encode(PROMPTS, tmp_path_factory.mktemp("conditions")))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path_factory.mktemp("conditions")))
     return LocalClient(TeacherEngine(load_teacher(family, "fp32", device=CPU), table)), table
 
 

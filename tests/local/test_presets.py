@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from raydmd.data.real import inspect, load_real, prepare
 from raydmd.errors import RunFailed
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.pairs.make import begin, make_pairs
 from raydmd.pairs.origin import folder_of, origin_of
 from raydmd.recipe import Recipe, derive, load
@@ -70,7 +71,7 @@ def pairing(r: Recipe, family: Family, teacher: Client) -> Pairing | None:
 def build(r: Recipe, session: FolderSession) -> Worker:
     """A worker with all that its method asks for."""
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.output / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.output / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     rewards = LocalClient(load_reward_engine(r, PROMPTS, "cpu")) if r.method.adapt else None
     real = None
@@ -155,7 +156,7 @@ def test_a_worker_without_what_its_method_asks_for_says_so(tmp_path, missing):
     r = recipe(tmp_path, {"name": "amd"} if missing == "adapt" else {"name": "dmd", "regression": {"loss": "l2"}})
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, tmp_path / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table)
     with pytest.raises(RunFailed, match=f"method.{missing} is on, but the worker was given nothing"):

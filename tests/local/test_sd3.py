@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from raydmd.errors import InputError
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
 from raydmd.models.sd3 import StableDiffusion3Denoiser
 from raydmd.process import step_grid
@@ -72,7 +72,7 @@ def test_x0_is_what_the_stock_pipeline_computes(request, tmp_path, pipeline):
     call |= {"max_sequence_length": family.text_length()}
     pipe(PROMPTS[0], negative_prompt="", output_type="latent", callback_on_step_end=keep, **call)
     sigmas = [float(s) for s in pipe.scheduler.sigmas]
-    table = load_conditions(family.encode(PROMPTS, tmp_path))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path))
     x = noise
     for after, now, nxt in zip(kept, sigmas[:-1], sigmas[1:], strict=True):
         t, s = torch.tensor([now]), torch.tensor([nxt])
@@ -92,7 +92,7 @@ def test_velocities_are_the_stock_transformers(whole, tmp_path):
     embeds, _, pooled, _ = pipe.encode_prompt(
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=6
     )
-    table = load_conditions(family.encode(PROMPTS, tmp_path))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path))
     torch.testing.assert_close(table.embeds[1:], embeds)
     torch.testing.assert_close(table.pooled[1:], pooled)
     x, t = torch.randn(3, 8, 8, 8), torch.tensor([0.9, 0.5, 0.1])
@@ -128,7 +128,7 @@ def test_the_export_gives_stock_diffusers_the_same_picture(request, tmp_path, pi
     r = recipe(folder, tmp_path, {"name": method, **extra}, lora)
     r.folder.mkdir(parents=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     client = LocalClient(TeacherEngine(teacher, table, sample_shape=family.shape().latent))
     session = FolderSession(r.folder)
@@ -185,7 +185,7 @@ def test_prompts_are_encoded_once(whole, tmp_path):
     stamp = file.stat().st_mtime_ns
     assert family.encode(PROMPTS, tmp_path) == file
     assert file.stat().st_mtime_ns == stamp
-    table = load_conditions(file)
+    table = Conditions.read(file)
     assert (table.embeds.shape, table.pooled.shape) == ((4, 12, 24), (4, 20))
 
 

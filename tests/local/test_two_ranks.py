@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.models.untrained import write
 from raydmd.recipe import Recipe, derive
 from raydmd.serving.engine import TeacherEngine
@@ -106,14 +107,14 @@ def long_recipe(kind: str, folder: Path, name: str) -> Recipe:
     r = family_recipe(kind, folder / kind, folder, {"name": "dmd2"}, None)
     # AdamW's usual eps lets gradients of rounding's size make whole steps, whose signs differ.
     role = {"rate": 1e-4, "eps": 1e-5}
-    training = {"cycles": 10, "sharding": "fsdp", "student": role, "fake": role}
+    training = {"cycles": 10, "sharding": "fsdp", "ema": 0.9, "student": role, "fake": role}
     return derive(r, {"name": f"{kind}-{name}", "training": training})
 
 
 def run(r: Recipe, session: FolderSession, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     r.folder.mkdir(parents=True, exist_ok=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(FAMILY_PROMPTS, r.output / f"conditions-{session.rank}"))
+    table = Conditions.read(family.encode(FAMILY_PROMPTS, r.output / f"conditions-{session.rank}"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=stop_at)
     worker = Worker(job, teacher, session, EventLog(r.folder / "events.jsonl", enabled=session.rank == 0))

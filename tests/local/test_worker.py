@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 from raydmd.errors import InputError, NonFiniteError
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
 from raydmd.process import step_grid
 from raydmd.recipe import Model, Recipe, derive
@@ -70,7 +70,7 @@ def work(r: Recipe, *, stop_at: int | None = None, teacher=None) -> tuple[Worker
     torch.set_num_threads(1)
     r.folder.mkdir(parents=True, exist_ok=True)
     family = load_family(r.model)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     session = FolderSession(r.folder)
     teacher = teacher or LocalClient(TeacherEngine(load_teacher(family, "fp32", device=session.device), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=stop_at)
@@ -102,7 +102,7 @@ def test_training_moves_the_student_and_the_fake_and_not_the_teacher(two_experts
     family = load_family(r.model)
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     before = {n: p.clone() for n, p in teacher.modules["transformer"].named_parameters()}
-    table = load_conditions(family.encode(PROMPTS, tmp_path / "c"))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path / "c"))
     worker, _ = work(r, teacher=LocalClient(TeacherEngine(teacher, table)))
     for expert in ("transformer", "transformer_2"):
         start = dict(teacher.modules[expert].network.named_parameters())
@@ -122,7 +122,7 @@ def test_the_export_gives_stock_diffusers_the_same_frames(request, tmp_path, pip
     family = load_family(r.model)
     denoisers = load_student(r, family, max(r.folder.glob("cycle-*-final")))
     student = student_experts(r, family, denoisers)
-    table = load_conditions(family.encode(PROMPTS, r.folder / "conditions"))
+    table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     noise = torch.randn(1, *family.shape().latent, generator=torch.Generator().manual_seed(1))
     cond = table.rows([1])
     # DMD2 puts fresh noise between its steps; the stock scheduler draws it from torch's global generator.
@@ -200,7 +200,7 @@ def test_a_non_finite_teacher_stops_the_run_before_anything_moves(two_experts, t
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     with torch.no_grad():
         next(teacher.modules["transformer"].parameters()).fill_(float("nan"))
-    table = load_conditions(family.encode(PROMPTS, tmp_path / "c"))
+    table = Conditions.read(family.encode(PROMPTS, tmp_path / "c"))
     with pytest.raises(NonFiniteError, match="cycle 0"):
         work(r, teacher=LocalClient(TeacherEngine(teacher, table)))
 
@@ -212,7 +212,7 @@ def test_prompts_are_encoded_once(two_experts, tmp_path):
     assert family.encode(PROMPTS, tmp_path) == file
     assert file.stat().st_mtime_ns == stamp
     assert family.encode([*PROMPTS, "a dog runs"], tmp_path) != file
-    assert len(load_conditions(file)) == 1 + len(PROMPTS)
+    assert len(Conditions.read(file)) == 1 + len(PROMPTS)
 
 
 def test_bad_models_are_refused(two_experts, tmp_path):

@@ -8,16 +8,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
+from raydmd.data.prompts import read_prompts
 from raydmd.draws import Draws
 from raydmd.evaluation.distances import frechet
 from raydmd.evaluation.metrics import attribute_accuracy
 from raydmd.guidance import Guidance
-from raydmd.models import load_conditions, load_family, load_teacher
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
 from raydmd.models.places import ZOO, locate
 from raydmd.process import step_grid
 from raydmd.recipe import Model
 from raydmd.sampling import sample
-from raydmd.training.prompts import read_prompts
 from raydmd.zoo.judge import AttributeJudge
 from raydmd.zoo.still import StillCaption
 from raydmd.zoo.world import MovingCaption, World
@@ -44,7 +45,7 @@ def test_its_clips_show_what_their_prompts_say(tmp_path):
     family = load_family(Model())
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     prompts = [c.text for c in MovingCaption.draw(96, seed=3)]
-    table = load_conditions(family.encode(prompts, tmp_path))
+    table = Conditions.read(family.encode(prompts, tmp_path))
     noise = Draws(5, "zoo", range(96)).normal("noise", family.shape().latent)
     rows = list(range(1, 97))
     latents = sample(
@@ -77,7 +78,7 @@ def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_pat
     family = load_family(Model(path=name))
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     prompts = [c.text for c in StillCaption.draw(128, seed=3)]
-    table = load_conditions(family.encode(prompts, tmp_path))
+    table = Conditions.read(family.encode(prompts, tmp_path))
     cond, uncond = table.rows(range(1, 129)), table.rows([0] * 128)
     judge = AttributeJudge.load(locate(Model(path=name)).judge)
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from raydmd.errors import InputError
-from raydmd.models import load_conditions
 from raydmd.models.base import Conditions
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def test_rows_and_joins_take_every_tensor_along(pooled: bool) -> None:
 @pytest.mark.parametrize("pooled", [True, False])
 def test_they_survive_their_file(tmp_path: Path, pooled: bool) -> None:
     table(pooled).save(tmp_path / "c.safetensors")
-    assert equal(load_conditions(tmp_path / "c.safetensors"), table(pooled))
+    assert equal(Conditions.read(tmp_path / "c.safetensors"), table(pooled))
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
@@ -55,10 +54,12 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mask must be \(N, L\), given \(4, 3, 2\)"):
         Conditions(embeds=embeds, mask=embeds)
     with pytest.raises(InputError, match=r"missing\.safetensors"):
-        load_conditions(tmp_path / "missing.safetensors")
+        Conditions.read(tmp_path / "missing.safetensors")
     save_file({"embeds": embeds, "more": embeds.clone()}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"other\.safetensors: holds .*more instead of embeds, pooled and mask"):
-        load_conditions(tmp_path / "other.safetensors")
+    with pytest.raises(
+        InputError, match=r"other\.safetensors: holds .*more instead of embeds, pooled, mask and picture"
+    ):
+        Conditions.read(tmp_path / "other.safetensors")
 
 
 def test_conditions_of_two_families_are_not_mixed():

@@ -11,7 +11,6 @@ from raydmd.recipe import Placement, Recipe, Training, derive
 from raydmd.training.cluster import check_room
 from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan
-from raydmd.training.prompts import read_prompts
 from raydmd.training.stream import Stream
 
 pytestmark = pytest.mark.unit
@@ -70,27 +69,6 @@ def test_every_prompt_comes_once_an_epoch_and_the_negative_never():
     for epoch in range(8):
         assert sorted(rows[5 * epoch : 5 * epoch + 5]) == [1, 2, 3, 4, 5]
     assert len(set(stream.batch(0, "student").draws.positions) & set(stream.batch(0, "fake.0").draws.positions)) == 0
-
-
-def test_prompt_files(tmp_path):
-    file = tmp_path / "p.txt"
-    file.write_bytes("a cat\r\n\n  ein Hund über\n".encode())
-    assert read_prompts(file) == ["a cat", "ein Hund über"]
-    for content, message in (
-        (b"", "holds no prompts"),
-        (b"\n \n", "holds no prompts"),
-        (b"fine\nbad \xff\xfe\n", r"line 2 \(byte 5: 0xff\)"),
-        (b"nul\x00here\n", "line 1"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(InputError, match=message):
-            read_prompts(file)
-    with pytest.raises(InputError, match="No such file"):
-        read_prompts(tmp_path / "absent.txt")
-    with pytest.raises(InputError, match="directory"):
-        read_prompts(tmp_path)
-    with pytest.raises(InputError, match="--prompts"):
-        read_prompts(None)
 
 
 def test_a_cluster_without_room_is_refused_with_the_table():
