@@ -56,6 +56,8 @@ class Data(Section):
     """Of a table; default: ``prompt``, ``caption`` or ``text``, the first that it has."""
     split: Word = "train"
     """Of a dataset."""
+    timeout: Positive = 3600.0
+    """Seconds that a part of the prompts may take to be encoded, its wait for a free node included."""
     cache: Path | None = None
     """Where encoded prompts are kept; default: ``conditions`` beside the run."""
 

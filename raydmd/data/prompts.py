@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,14 @@ class Table:
     Attributes:
         source: for messages.
         columns: there are.
-        rows: number and value by column.
+        read: number and values of each row, by column, of given columns.
         unit: what a row is called.
         folder: that files named in it are relative to.
     """
 
     source: object
     columns: Sequence[str]
-    rows: Iterable[tuple[int, Mapping[str, Any]]]
+    read: Callable[[Sequence[str]], Iterable[tuple[int, Mapping[str, Any]]]]
     unit: str
     folder: Path
 
@@ -117,16 +118,16 @@ def _json_lines(path: Path) -> Table:
         raise InputError(f"prompt file {path} is no JSON in {_first(bad)}")
     if bad := [f"line {number}" for number, row in rows if not isinstance(row, dict)]:
         raise InputError(f"prompt file {path} holds no table: a mapping is expected in {_first(bad)}")
-    return Table(path, list(rows[0][1]) if rows else COLUMNS, rows, "line", path.parent)
+    return Table(path, list(rows[0][1]) if rows else COLUMNS, lambda _: rows, "line", path.parent)
 
 
 def _csv(path: Path) -> Table:
-    table = csv.DictReader(_text(path).splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    table = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:
         raise InputError(f"prompt file {path}, line {table.line_num}: {error}") from None
-    return Table(path, table.fieldnames or COLUMNS, rows, "line", path.parent)
+    return Table(path, table.fieldnames or COLUMNS, lambda _: rows, "line", path.parent)
 
 
 def _parquet(path: Path) -> Table:
@@ -135,12 +136,16 @@ def _parquet(path: Path) -> Table:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            texts = (pyarrow.string(), pyarrow.large_string())
-            wanted = [name for name in columns if file.schema_arrow.field(name).type in texts]
-            rows = file.read(columns=wanted).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"prompt file {path}: {error}") from None
-    return Table(path, columns, enumerate(rows, start=1), "row", path.parent)
+
+    def read(names: Sequence[str]) -> Iterable[tuple[int, Mapping[str, Any]]]:
+        try:
+            return enumerate(pyarrow.parquet.read_table(path, columns=list(names)).to_pylist(), start=1)
+        except pyarrow.ArrowException as error:
+            raise InputError(f"prompt file {path}: {error}") from None
+
+    return Table(path, columns, read, "row", path.parent)
 
 
 def _dataset(source: str, split: str) -> Table:
@@ -157,7 +162,14 @@ def _dataset(source: str, split: str) -> Table:
             f"prompts {source!r} are neither a file nor a dataset with split {split!r}: {type(error).__name__}: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    return Table(source, table.column_names, enumerate(table, start=1), "row", Path(source))
+    # The chosen columns alone: a row of pictures would be decoded for its caption.
+    return Table(
+        source,
+        table.column_names,
+        lambda names: enumerate(table.select_columns(list(names)), start=1),
+        "row",
+        Path(source),
+    )
 
 
 READERS: dict[str, Callable[[Path], Table]] = {".jsonl": _json_lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
@@ -175,7 +187,7 @@ def _chosen(table: Table, column: str | None, pictures: bool) -> list[str]:
         raise InputError(f"prompts {table.source}: no column {PICTURE!r} of pictures' files; it has {there}")
     found: list[str] = []
     bad = []
-    for number, row in table.rows:
+    for number, row in table.read([name, PICTURE] if pictures else [name]):
         text, picture = row.get(name), row.get(PICTURE)
         where = f"{table.unit} {number}"
         if not isinstance(text, str):

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from raydmd.errors import InputError
 
@@ -111,16 +110,21 @@ class Conditions:
     @classmethod
     def table(cls, parts: Sequence[Self]) -> Self:
         """One table of several with the same row 0, padded to the longest."""
-        longest = max(part.embeds.shape[1] for part in parts)
-        first, *others = (part._padded(longest) for part in parts)
-        return first.join(*(other.rows(range(1, len(other))) for other in others))
-
-    def _padded(self, length: int) -> Self:
-        more = length - self.embeds.shape[1]
-        padded = {"embeds": functional.pad(self.embeds, (0, 0, 0, more))}
-        if self.mask is not None:
-            padded["mask"] = functional.pad(self.mask, (0, more))
-        return replace(self, **padded)
+        if len(parts) == 1:
+            return parts[0]
+        longest, rows = max(part.embeds.shape[1] for part in parts), 1 + sum(len(part) - 1 for part in parts)
+        found = {}
+        for name, first in parts[0].tensors().items():
+            length = (longest, *first.shape[2:]) if name in ("embeds", "mask") else first.shape[1:]
+            whole, end = first.new_zeros(rows, *length), 1
+            for part in parts:  # one after the other into its place: a table may be as large as memory allows
+                value = part.tensors()[name]
+                place = whole[end : end + len(part) - 1]
+                (place[:, : value.shape[1]] if name in ("embeds", "mask") else place).copy_(value[1:])
+                end += len(part) - 1
+            (whole[0, : first.shape[1]] if name in ("embeds", "mask") else whole[0]).copy_(first[0])
+            found[name] = whole
+        return cls(**found)
 
     def save(self, file: Path) -> None:
         """Write them as safetensors, one tensor per attribute."""

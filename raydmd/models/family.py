@@ -7,7 +7,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from raydmd.process import Prediction, Process
     from raydmd.recipe_method import Method
 
-    Spread = Callable[[Sequence[Sequence[str]]], None]
+    Spread = Callable[[Sequence[Sequence[str]], Path], None]
 
 CHUNK = 64
 """Prompts in one forward of the text encoders."""
-PART = 1024
-"""Prompts in one part of a table: what is encoded, and kept, at once."""
+PART, PICTURED_PART = 4096, 32
+"""Prompts in one part of a table, what is encoded and kept at once: of texts, and of texts with pictures."""
 
 
 class Family(ABC):
@@ -143,27 +143,40 @@ class Family(ABC):
         Args:
             prompts: at least one.
             cache: folder of such files.
-            spread: does :meth:`encode_part` for each part that is missing, in any order or place; default: here.
+            spread: does :meth:`encode_part` in a folder for missing parts, in any order or place; default: here.
 
         Returns:
-            The file, of ``1 + len(prompts)`` rows, for :func:`raydmd.models.Conditions.read`.
+            The file, of ``1 + len(prompts)`` rows, for :meth:`~raydmd.models.base.Conditions.read`.
+
+        Raises:
+            InputError: if parts were made elsewhere, but are not here.
         """
         file = self._encoded(prompts, cache)
         if file.is_file():
             return file
-        parts = [list(prompts[i : i + PART]) for i in range(0, len(prompts), PART)]
-        if len(parts) == 1:
-            return self.encode_part(prompts, cache)
-        missing = [part for part in parts if not self._encoded(part, cache).is_file()]
-        if spread is not None:
-            spread(missing)
-        for part in missing:
-            self.encode_part(part, cache)  # does nothing where it is there
-        found = [Conditions.read(self._encoded(part, cache)) for part in parts]
-        _write(Conditions.table(found), file)
-        for part in parts:
-            self._encoded(part, cache).unlink(missing_ok=True)
+        size = PART if not self.pictures else PICTURED_PART
+        parts = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        # A folder of this table alone: another's parts may hold the same prompts.
+        folder = file.with_suffix(".parts") if len(parts) > 1 else cache
+        missing = [part for part in parts if not self._encoded(part, folder).is_file()]
+        (spread or self._here)(missing, folder)
+        if file.is_file():  # of one part, or another run with the same prompts was faster
+            return file
+        files = [self._encoded(part, folder) for part in parts]
+        if lost := sum(not part.is_file() for part in files):
+            raise InputError(
+                f"{lost} of {len(parts)} parts of encoded prompts are not in {folder}: do all nodes share it?"
+            )
+        _write(Conditions.table([Conditions.read(part) for part in files]), file)
+        for part in files:
+            part.unlink(missing_ok=True)
+        with suppress(OSError):  # another run is at it
+            folder.rmdir()
         return file
+
+    def _here(self, parts: Sequence[Sequence[str]], folder: Path) -> None:
+        for part in parts:
+            self.encode_part(part, folder)
 
     @contextmanager
     def without_weights(self, yes: bool = True) -> Iterator[None]:
@@ -199,24 +212,24 @@ class Family(ABC):
                 )
 
     @torch.no_grad()
-    def encode_part(self, prompts: Sequence[str], cache: Path) -> Path:
-        """Encode prompts at once; see :meth:`encode`."""
-        file = self._encoded(prompts, cache)
+    def encode_part(self, prompts: Sequence[str], folder: Path) -> None:
+        """Encode prompts at once, unless they are; see :meth:`encode`."""
+        file = self._encoded(prompts, folder)
         if not file.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
             found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
             _write(found.to(torch.device("cpu")), file)
-        return file
 
-    def _encoded(self, prompts: Sequence[str], cache: Path) -> Path:
+    def _encoded(self, prompts: Sequence[str], folder: Path) -> Path:
         texts = [self._settings.negative_prompt, *prompts]
         seen = [digest(text.picture) for text in texts if isinstance(text, Pictured)]
         key = json.dumps([self._read_by, self.text_length(), texts, *seen]).encode()
-        return cache / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+        return folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
 
     @cached_property
-    def _read_by(self) -> dict[str, str]:
-        return fingerprint(self._settings, self.conditioning())
+    def _read_by(self) -> list[Any]:
+        """What makes a table this family's."""
+        by: list[Any] = [self.pipeline.__name__, fingerprint(self._settings, self.conditioning())]
+        return [*by, self._shape.latent, fingerprint(self._settings, ("vae",))] if self.pictures else by
 
     def _encoders(self) -> Any:
         """The stock pipeline's text parts, on a GPU where there is one."""
@@ -384,6 +397,7 @@ class Family(ABC):
 
 
 def _write(conditions: Conditions, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     conditions.save(partial)
     partial.replace(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from raydmd.errors import InputError
@@ -32,6 +33,10 @@ def fuse(pipeline: Any, network: Any, file: Path, *, prefix: str) -> None:
     """
     if file.suffix != ".safetensors" or not file.is_file():
         raise InputError(f"model.lora: {file} is no safetensors file")
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise InputError(f"model.lora: diffusers reads no LoRA for a {pipeline.__name__}")
+    # Where a pipeline can give a file's alphas apart, it otherwise drops them.
+    asked = {"return_alphas": True} if "return_alphas" in signature(pipeline.lora_state_dict).parameters else {}
     try:
         # The folder and the name apart, or diffusers takes the path for a hub id's.
         found = pipeline.lora_state_dict(
@@ -40,6 +45,7 @@ def fuse(pipeline: Any, network: Any, file: Path, *, prefix: str) -> None:
             use_safetensors=True,
             local_files_only=True,
             return_lora_metadata=True,
+            **asked,
         )
     except Exception as error:  # whatever diffusers raises over a file's names, it means the same here
         raise InputError(f"model.lora: {file} is no LoRA of a {pipeline.__name__}: {error}") from None
@@ -54,7 +60,7 @@ def fuse(pipeline: Any, network: Any, file: Path, *, prefix: str) -> None:
 def _check(network: nn.Module, state: Mapping[str, Tensor], file: Path, prefix: str) -> None:
     """Refuse what diffusers would load in part, with a warning."""
     matches = {name: MATRIX.fullmatch(name.removeprefix(f"{prefix}.")) for name in state}
-    others = [name for name, match in matches.items() if match is None and not name.endswith(".alpha")]
+    others = [name for name, match in matches.items() if match is None]
     elsewhere = [name for name in state if not name.startswith(f"{prefix}.")]
     if not any(matches.values()) or others or elsewhere:
         raise InputError(

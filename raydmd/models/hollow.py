@@ -1,4 +1,4 @@
-"""Networks without weights, for ranks that are sent theirs."""
+"""Networks as diffusers would load them: without weights, for ranks that are sent theirs, and of another dtype."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def hollow(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(config)
+    cast(network, dtype)
+    return network.eval()
+
+
+def cast(network: Any, dtype: torch.dtype) -> None:
+    """Give a network's parameters a dtype in place, but for those that its class keeps in fp32 whatever it is asked."""
     precise = network._keep_in_fp32_modules or ()
     for name, p in network.named_parameters():
-        wanted = torch.float32 if any(part in precise for part in name.split(".")) else dtype
-        p.data = p.data.to(wanted)
-    return network.eval()
+        p.data = p.data.to(torch.float32 if any(part in precise for part in name.split(".")) else dtype)

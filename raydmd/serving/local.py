@@ -13,6 +13,7 @@ from raydmd.serving.messages import Reply
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from raydmd.methods.terms import Answer
     from raydmd.serving.engine import Engine
     from raydmd.serving.messages import Request
 
@@ -46,14 +47,24 @@ class LocalClient(Client):
     The caller owns threads and determinism settings.
     """
 
-    def __init__(self, engine: Engine, *, name: str = "local", clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str = "local",
+        alone: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """Serve from this process.
 
         Args:
             engine: the frozen model.
             name: what replies call it.
+            alone: the model is this process's own. Else an error that may have come between two collectives is raised
+                at once: a rank that went on would exchange other tensors than its peers.
             clock: seconds.
         """
+        self._alone = alone
         self._engine = engine
         self._name = name
         self._clock = clock
@@ -66,7 +77,14 @@ class LocalClient(Client):
     def submit(self, request: Request) -> LocalPending:
         """Answer at once; errors come from ``result``, as with a pool."""
         start = self._clock()
-        outcome = answer_each(self._engine, [request], who=self._name)[0]
+        outcome: Answer | RaydmdError
+        if self._alone:
+            outcome = answer_each(self._engine, [request], who=self._name)[0]
+        else:
+            try:
+                outcome = self._engine.answer([request])[0]
+            except RaydmdError as error:  # of what was asked or came out, not of the forward pass between
+                outcome = error
         if isinstance(outcome, RaydmdError):
             return LocalPending(outcome)
         seconds = self._clock() - start

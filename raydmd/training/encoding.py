@@ -40,7 +40,7 @@ def training_prompts(recipe: Recipe, family: Family) -> list[str]:
 
 
 def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, stop: Path) -> Path:
-    """Encode prompts once, in parallel where they are many; what is done is kept, whatever happens.
+    """Encode prompts once, in parallel where they are many or a GPU can do it; what is done is kept, whatever happens.
 
     Args:
         recipe: the run, whose teacher's resources each process gets.
@@ -54,20 +54,25 @@ def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, 
 
     Raises:
         RunStopped: if it was stopped.
-        RunFailed: if a part fails, or none is ready for ``training.step_timeout``.
+        RunFailed: if a part fails, or none is ready for ``data.timeout``.
     """
+    p, limit = recipe.placement, recipe.data.timeout
+    gpus = p.teacher_gpus or p.worker_gpus
 
-    def spread(parts: Sequence[Sequence[str]]) -> None:
-        p = recipe.placement
+    def spread(parts: Sequence[Sequence[str]], folder: Path) -> None:
+        if len(parts) < 2 and not gpus:
+            for part in parts:
+                family.encode_part(part, folder)
+            return
         task = ray.remote(encode_part).options(
-            num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=p.teacher_gpus or p.worker_gpus, max_retries=2
+            num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=gpus, max_retries=2
         )
         waiting, under_way = list(parts), list[ray.ObjectRef[None]]()
         done, last = 0, time.monotonic()
         try:
             while waiting or under_way:
                 while waiting and len(under_way) < AHEAD:
-                    under_way.append(task.remote(recipe, waiting.pop(0), cache))
+                    under_way.append(task.remote(recipe, waiting.pop(0), folder))
                 ready, under_way = ray.wait(under_way, timeout=1.0)
                 for reference in ready:
                     ray.get(reference)
@@ -75,10 +80,10 @@ def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, 
                     print(f"encoding prompts: part {done} of {len(parts)}", flush=True)
                 if stop.exists():
                     raise RunStopped(f"run '{recipe.name}' stopped; the {done} parts of prompts it encoded are kept")
-                if time.monotonic() - last > recipe.training.step_timeout:
+                if time.monotonic() - last > limit:
                     raise RunFailed(
-                        f"encoding prompts: no part was ready within training.step_timeout="
-                        f"{recipe.training.step_timeout:g} s; {done} of {len(parts)} are kept in {cache}"
+                        f"encoding prompts: no part was ready within data.timeout={limit:g} s; {done} of {len(parts)} "
+                        f"are kept in {folder}"
                     )
         except ray.exceptions.RayError as error:
             raise RunFailed(f"encoding prompts: {str(error).strip().splitlines()[-1]}") from error
@@ -89,6 +94,6 @@ def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, 
     return family.encode(prompts, cache, spread=spread)
 
 
-def encode_part(recipe: Recipe, prompts: Sequence[str], cache: Path) -> None:
+def encode_part(recipe: Recipe, prompts: Sequence[str], folder: Path) -> None:
     """Encode a part; runs in a process of its own."""
-    load_family(recipe.model).encode_part(prompts, cache)
+    load_family(recipe.model).encode_part(prompts, folder)

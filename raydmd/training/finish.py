@@ -21,6 +21,7 @@ from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
+from raydmd.models.hollow import cast
 from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.sampling import sample
@@ -107,7 +108,7 @@ def measure(
     teacher = load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
     if device.type == "cuda" and recipe.training.precision == "bf16":
         for module in student.modules.values():
-            module.to(torch.bfloat16)
+            cast(module.network, torch.bfloat16)
     full = step_grid(e.teacher_steps, m.shift)
     guided = Guidance(m.guidance if e.guidance is None else e.guidance)
     few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
+FREE_DATA = ("cache", "timeout")
 FREE_METHOD = ("regression.verify",)
 FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
@@ -81,7 +82,7 @@ def same_run(recipe: Recipe, folder: Path) -> None:
 
 def _free(key: str) -> bool:
     section, _, rest = key.partition(".")
-    within = {"method": FREE_METHOD, "training": FREE_TRAINING}
+    within = {"method": FREE_METHOD, "training": FREE_TRAINING, "data": FREE_DATA}
     return section in FREE_KEYS or rest in within.get(section, ())
 
 

@@ -126,19 +126,19 @@ def train_loop(config: LoopConfig) -> None:
     session = RaySession(c.recipe.training.step_timeout)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
-    family = load_family(c.recipe.model)
-    tied = Tied(c.recipe, family, session.device) if c.recipe.placement.teacher == "tied" else None
-    job = Job(
-        recipe=c.recipe,
-        family=family,
-        conditions=Conditions.read(Path(c.conditions)),
-        real=load_real(Path(c.real)) if c.real else None,
-        stop_at=c.stop_at,
-        stop_file=folder / "STOP",
-        pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
-        tied=tied,
-    )
     try:
+        family = load_family(c.recipe.model)
+        tied = Tied(c.recipe, family, session.device) if c.recipe.placement.teacher == "tied" else None
+        job = Job(
+            recipe=c.recipe,
+            family=family,
+            conditions=Conditions.read(Path(c.conditions)),
+            real=load_real(Path(c.real)) if c.real else None,
+            stop_at=c.stop_at,
+            stop_file=folder / "STOP",
+            pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
+            tied=tied,
+        )
         Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
@@ -149,7 +149,7 @@ def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
     if c.pool is not None:
         return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
     if job.tied is not None:
-        return LocalClient(TeacherEngine(job.tied.teacher(), job.conditions))
+        return LocalClient(TeacherEngine(job.tied.teacher(), job.conditions), name="tied", alone=False)
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
     return LocalClient(TeacherEngine(experts, job.conditions))
 

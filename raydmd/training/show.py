@@ -14,6 +14,7 @@ from raydmd.evaluation.samples import Samples
 from raydmd.guidance import Guidance
 from raydmd.models import load_family
 from raydmd.models.base import Conditions
+from raydmd.models.hollow import cast
 from raydmd.process import step_grid
 from raydmd.recipe import Recipe, load
 from raydmd.sampling import sample
@@ -70,11 +71,12 @@ def show(folder: Path, prompts: Sequence[str], *, count: int, seeds: Sequence[in
     texts = list(prompts) or training_prompts(recipe, family)[:count]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = Conditions.read(family.encode(texts, run / "conditions")).to(device)
-    student = student_experts(recipe, family, load_student(recipe, family, checkpoint))
-    for module in student.modules.values():
-        module.to(device)
+    denoisers = load_student(recipe, family, checkpoint)
+    student = student_experts(recipe, family, denoisers)
+    for module in denoisers.values():
         if device.type == "cuda" and recipe.training.precision == "bf16":
-            module.to(torch.bfloat16)
+            cast(module.network, torch.bfloat16)
+        module.to(device)
     made = []
     for seed in seeds:
         start = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from raydmd.errors import InputError
 from raydmd.models import family as families
 from raydmd.models import load_family
 from raydmd.models.base import Conditions
@@ -16,6 +17,7 @@ from tests.pipelines import WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 pytestmark = pytest.mark.local
 PROMPTS = ["a cat", "a dog runs", "a", "a cat jumps a dog", "a dog"]
@@ -70,13 +72,27 @@ def test_parts_may_be_made_elsewhere_and_in_any_order(tmp_path, monkeypatch):
     family = load_family(Model(path=str(write("sd3", tmp_path / "sd3", WORDS))))
     asked: list[Sequence[str]] = []
 
-    def spread(parts: Sequence[Sequence[str]]) -> None:
+    def spread(parts: Sequence[Sequence[str]], folder: Path) -> None:
         asked.extend(parts)
         for part in reversed(parts):
-            load_family(Model(path=str(tmp_path / "sd3"))).encode_part(part, tmp_path / "cache")
+            load_family(Model(path=str(tmp_path / "sd3"))).encode_part(part, folder)
 
     found = Conditions.read(family.encode(PROMPTS, tmp_path / "cache", spread=spread))
     assert asked == [["a cat", "a dog runs"], ["a", "a cat jumps a dog"], ["a dog"]]
     alone = Conditions.read(family.encode(["a dog"], tmp_path / "alone"))
     torch.testing.assert_close(found.embeds[5], alone.embeds[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(found.embeds[0], alone.embeds[0], rtol=0, atol=1e-6)
+
+
+def test_parts_that_were_made_where_nobody_sees_them_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "PART", 2)
+    family = load_family(Model(path=str(write("sd3", tmp_path / "sd3", WORDS))))
+    with pytest.raises(InputError, match="3 of 3 parts of encoded prompts are not in"):
+        family.encode(PROMPTS, tmp_path / "cache", spread=lambda *_: None)
+
+
+def test_tables_of_two_families_never_share_a_file(tmp_path):
+    """Both read nothing but numbers, and mean another class by none."""
+    edm, dit = (load_family(Model(path=str(write(kind, tmp_path / kind, WORDS)))) for kind in ("edm", "dit"))
+    files = [family.encode(["1", "2"], tmp_path / "cache") for family in (edm, dit)]
+    assert [float(Conditions.read(file).embeds[0]) for file in files] == [0.0, 1000.0]

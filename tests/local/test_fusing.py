@@ -85,6 +85,26 @@ def test_a_file_that_is_no_lora_is_refused(tmp_path):
             family.denoiser("transformer", **FP32)
 
 
+def test_a_files_alphas_are_read_or_refused(tmp_path):
+    """Diffusers hands FLUX's out when asked, and would pass over those of SD3."""
+    for kind in ("flux", "sd3"):
+        plain = load_family(Model(path=str(write(kind, tmp_path / kind, WORDS))))
+        file, _ = lora(plain, tmp_path / f"{kind}-lora", alpha=2.0)  # of rank 2: a scale of one
+        half = tmp_path / f"{kind}.safetensors"
+        alphas = {k.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for k in load_file(file) if "lora_A" in k}
+        save_file(load_file(file) | alphas, half)
+        family = load_family(Model(path=str(tmp_path / kind), lora={"transformer": str(half)}))
+        if kind == "sd3":
+            with pytest.raises(InputError, match=r"more than low-rank matrices of a transformer, e.g. .*alpha"):
+                family.denoiser("transformer", **FP32)
+            continue
+        settings = Model(path=str(tmp_path / kind), lora={"transformer": str(file)})
+        one = load_family(settings).denoiser("transformer", **FP32).network.state_dict()
+        start, found = (f.denoiser("transformer", **FP32).network.state_dict() for f in (plain, family))
+        for name, value in start.items():
+            torch.testing.assert_close(found[name] - value, (one[name] - value) / 2, rtol=0, atol=1e-6)
+
+
 def test_adapters_on_a_network_that_takes_none_are_refused(tmp_path):
     family = load_family(Model(path=str(write("dit", tmp_path, WORDS))))
     with pytest.raises(InputError, match=r"Set training\.student\.lora=null"):

@@ -123,14 +123,22 @@ def test_each_parameter_is_stored_once_and_the_teacher_is_the_teacher(tmp_path, 
     assert sum(p.numel() for p in stored.values()) == whole + adapters
     assert sum(p.numel() for p in stored.values() if "float32" in str(p.dtype)) >= adapters
     table = Conditions.read(family.encode(PROMPTS, tmp_path / "conditions"))
+    for role in roles:  # a fresh adapter changes nothing
+        for name, p in role.network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
     x, cond, uncond = torch.randn(2, *family.shape().latent), table.rows([1, 2]), table.rows([0, 0])
     for t in (0.95, 0.4):
         for role in roles:  # whoever ran last, the teacher is the teacher
             with torch.no_grad():
-                role(x, torch.full((2,), t), cond)
+                found = role(x, torch.full((2,), t), cond)
                 ours = shared.teacher().guided_x0(x, torch.full((2,), t), cond, uncond, Guidance(3.0))
                 theirs = alone.guided_x0(x, torch.full((2,), t), cond, uncond, Guidance(3.0))
             assert torch.equal(ours, theirs)
+            if role.adapter is not None:
+                own = shared.teacher().modules[role.adapter.partition("_")[2]]
+                with torch.no_grad():
+                    assert (found - own(x, torch.full((2,), t), cond)).abs().max() > 1e-3, "its adapter is off"
 
 
 def two_ranks(rank: int, where: int, folder: Path) -> None:

@@ -65,6 +65,15 @@ def write(file: Path, table: dict[str, list[str]]) -> None:
         file.write_text("\n".join(quoted) + "\n", encoding="utf-8")
 
 
+def test_odd_line_ends_and_categories_are_no_new_rows(tmp_path):
+    odd = ["a cat\u2028sits", "a dog\x0bruns"]
+    (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(odd) + "\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.csv") == odd
+    values = pyarrow.array(PROMPTS).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": values}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == PROMPTS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -118,13 +127,17 @@ def test_a_dataset_by_folder_or_id(tmp_path, monkeypatch):
     asked = []
 
     class Table(list):
-        column_names = ("text",)
+        column_names = ("text", "picture")
+
+        def select_columns(self, names: list[str]) -> list[dict[str, str]]:
+            assert names == ["text"], "a picture is decoded for its caption"
+            return [{name: row[name] for name in names} for row in self]
 
     def load_dataset(source: str, *, split: str) -> Table:
         asked.append((source, split))
         if split != "train":
             raise ValueError(f"Unknown split {split}")
-        return Table({"text": text} for text in PROMPTS)
+        return Table({"text": text, "picture": "large"} for text in PROMPTS)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_prompts("some/prompts") == PROMPTS
