@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from raydmd.errors import InputError
@@ -189,7 +189,7 @@ class Family(ABC):
 
     def notes(self, method: Method) -> list[str]:
         """What is no fault, but should be known before a run."""
-        told = self._config(SchedulerMixin, "scheduler") if self._has("scheduler") else {}
+        told = self._config(FlowMatchEulerDiscreteScheduler, "scheduler") if self._has("scheduler") else {}
         shift = None if told.get("use_dynamic_shifting") else told.get("flow_shift") or told.get("shift")
         if shift is None or math.isclose(shift, method.shift):
             return []

@@ -266,6 +266,17 @@ def test_every_parameter_that_trains_gets_a_gradient(kind, folder, tmp_path):
     assert bool(without) == bool(denoiser.idle)
 
 
+def test_a_shift_that_is_not_the_schedulers_is_noted(kind, folder):
+    family = load_family(model(kind, folder))
+    own = {"sd3": 3.0, "lumina2": 6.0, "z-image": 3.0, "wan21": 5.0, "wan22": 5.0}.get(
+        kind
+    )  # others have none, or move it
+    for shift in (own or 1.0, 4.0):
+        notes = family.notes(derive(Recipe(), {"method.name": "dmd2", "method.shift": shift}).method)
+        assert bool(notes) == (own is not None and shift != own), notes
+        assert not notes or f"has shift {own:g}, method.shift=4: the latter holds for all roles" in notes[0]
+
+
 def test_pixels_survive_their_autoencoders_shapes(kind, folder):
     family = load_family(model(kind, folder))
     shape = family.shape()
