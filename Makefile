@@ -35,7 +35,7 @@ experiments: $(READY) ## every script of experiments/ on the zoo, 20 updates eac
 		$(BIN)/python $$script --training.cycles=20 --evaluation.samples=32 --evaluation.grid=4 \
 			--name=$$(basename $$script .py) --output=runs/experiments || exit 1; done
 
-methods: $(READY) ## compare all methods on the zoo at equal compute (an hour and a half)
+methods: $(READY) ## compare all methods on the zoo at equal compute (65 minutes)
 	$(BIN)/python benchmarks/methods.py
 
 collapse: $(READY) ## force a collapse and see the monitor stop it and roll it back (under half an hour)

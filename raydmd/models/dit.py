@@ -81,6 +81,7 @@ class Dit(Family):
 
     pipeline = DiTPipeline
     adapters = False
+    asked = "class_labels=[0]"
     text_parts = ()
     process: RectifiedFlow | VariancePreserving
 
@@ -91,12 +92,7 @@ class Dit(Family):
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="none")
         config = self._config(DiTTransformer2DModel, "transformer")
         side = config["sample_size"] * self.autoencoder.scale
-        if {settings.height or side, settings.width or side} != {side}:
-            raise InputError(
-                f"model.height={settings.height}, model.width={settings.width} do not fit {self.path!r}: its network "
-                f"makes pictures of {side}x{side}"
-            )
-        self._shape = self._image(channels=config["in_channels"], cell=config["patch_size"], side=side)
+        self._shape = self._image(channels=config["in_channels"], cell=config["patch_size"], side=side, only=True)
 
     def _told(self) -> tuple[RectifiedFlow | VariancePreserving, Prediction]:
         if self._index["scheduler"][1] == FLOW:
@@ -140,11 +136,6 @@ class Dit(Family):
     def sampling(self, *, steps: int) -> dict[str, Any]:
         """See :class:`~raydmd.models.family.Family`."""
         return {"num_inference_steps": steps, "guidance_scale": 1.0}
-
-    def usage(self, *, steps: int, beside: Mapping[str, int] | None = None, kind: str = "") -> str:
-        """See :class:`~raydmd.models.family.Family`; in the prompt's place stands a class."""
-        found = super().usage(steps=steps, beside=beside, kind=kind)
-        return found.replace('    "your prompt",\n', "    class_labels=[0],\n")
 
     def _text_pipeline(self) -> DiTPipeline:
         return DiTPipeline(transformer=None, vae=None, scheduler=None)

@@ -94,6 +94,7 @@ class Edm(Family):
 
     pipeline = ConsistencyModelPipeline
     adapters = False
+    asked = "class_labels=[0]"
     network = "unet"
     prediction = "edm"
     text_parts = ()
@@ -109,12 +110,7 @@ class Edm(Family):
         self.process = EDM(low, high, float(self._schedule["rho"]))
         self.autoencoder = Pixels(self._sigma_data)
         side = self._unet["sample_size"]
-        if {settings.height or side, settings.width or side} != {side}:
-            raise InputError(
-                f"model.height={settings.height}, model.width={settings.width} do not fit {self.path!r}: its network "
-                f"makes pictures of {side}x{side}"
-            )
-        self._shape = self._image(channels=self._unet["in_channels"], cell=1, side=side)
+        self._shape = self._image(channels=self._unet["in_channels"], cell=1, side=side, only=True)
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
@@ -149,11 +145,6 @@ class Edm(Family):
     def sampling(self, *, steps: int) -> dict[str, Any]:
         """See :class:`~raydmd.models.family.Family`."""
         return {"num_inference_steps": steps}
-
-    def usage(self, *, steps: int, beside: Mapping[str, int] | None = None, kind: str = "") -> str:
-        """See :class:`~raydmd.models.family.Family`; in the prompt's place stands a class."""
-        found = super().usage(steps=steps, beside=beside, kind=kind)
-        return found.replace('    "your prompt",\n', "    class_labels=[0],\n")
 
     def _text_pipeline(self) -> ConsistencyModelPipeline:
         return ConsistencyModelPipeline(unet=None, scheduler=None)

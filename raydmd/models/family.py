@@ -20,9 +20,7 @@ from raydmd.errors import InputError
 from raydmd.models.base import Conditions, Denoiser, Routing, Shape
 from raydmd.models.fusing import fuse
 from raydmd.models.hollow import hollow
-from raydmd.models.identity import digest, fingerprint
-from raydmd.models.packing import pack, unpack
-from raydmd.models.pictured import Pictured
+from raydmd.models.identity import fingerprint
 from raydmd.models.usage import usage
 
 if TYPE_CHECKING:
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Prompts in one forward of the text encoders."""
-PART, PICTURED_PART = 4096, 32
-"""Prompts in one part of a table, what is encoded and kept at once: of texts, and of texts with pictures."""
 
 
 class Family(ABC):
@@ -68,8 +64,10 @@ class Family(ABC):
     """Its network can be given adapters."""
     pictures: bool = False
     """Its prompts have pictures."""
-    packed: bool = False
-    """Its network and its scheduler see latents in 2x2 cells (:mod:`raydmd.models.packing`)."""
+    part: int = 4096
+    """Prompts in one part of a table: what is encoded, and kept, at once."""
+    asked: str = '"your prompt"'
+    """What a model card's code asks the stock pipeline for."""
     rescale: Rescale | None = None
     """What its pipeline does to a guided prediction beside :class:`~raydmd.guidance.Guidance`."""
     _shape: Shape
@@ -154,8 +152,7 @@ class Family(ABC):
         file = self._encoded(prompts, cache)
         if file.is_file():
             return file
-        size = PART if not self.pictures else PICTURED_PART
-        parts = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        parts = [list(prompts[i : i + self.part]) for i in range(0, len(prompts), self.part)]
         # A folder of this table alone: another's parts may hold the same prompts.
         folder = file.with_suffix(".parts") if len(parts) > 1 else cache
         missing = [part for part in parts if not self._encoded(part, folder).is_file()]
@@ -221,15 +218,18 @@ class Family(ABC):
 
     def _encoded(self, prompts: Sequence[str], folder: Path) -> Path:
         texts = [self._settings.negative_prompt, *prompts]
-        seen = [digest(text.picture) for text in texts if isinstance(text, Pictured)]
-        key = json.dumps([self._read_by, self.text_length(), texts, *seen]).encode()
+        key = json.dumps([self._read_by, self.text_length(), texts, *self._seen(prompts)]).encode()
         return folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
 
     @cached_property
     def _read_by(self) -> list[Any]:
-        """What makes a table this family's."""
-        by: list[Any] = [self.pipeline.__name__, fingerprint(self._settings, self.conditioning())]
-        return [*by, self._shape.latent, fingerprint(self._settings, ("vae",))] if self.pictures else by
+        """What beside the prompts a table depends on."""
+        return [self.pipeline.__name__, fingerprint(self._settings, self.conditioning())]
+
+    def _seen(self, prompts: Sequence[str]) -> list[str]:
+        """What beside their texts a table depends on of the prompts."""
+        del prompts
+        return []
 
     def _encoders(self) -> Any:
         """The stock pipeline's text parts, on a GPU where there is one."""
@@ -241,9 +241,7 @@ class Family(ABC):
 
     def fresh(self, generator: torch.Generator) -> Tensor:
         """Noise ``(1, *latent)`` as the stock scheduler draws it between steps."""
-        like = torch.empty(1, *self._shape.latent)
-        drawn = torch.randn((pack(like) if self.packed else like).shape, generator=generator)
-        return unpack(drawn, like) if self.packed else drawn
+        return torch.randn((1, *self._shape.latent), generator=generator)
 
     def render(self, latents: Tensor) -> Tensor:
         """Pixels from normalised latents, differentiable and not clamped: ``(B, frames, 3, H, W)``, fp32.
@@ -326,15 +324,23 @@ class Family(ABC):
             beside: experts that the pipeline has no place for, and the step that each begins with.
             kind: diffusers' class of the experts.
         """
-        call = self.sampling(steps=steps)
-        return usage(self.pipeline.__name__, self.network, call, self.absent(), steps=steps, beside=beside, kind=kind)
+        return usage(
+            self.pipeline.__name__,
+            self.network,
+            self.asked,
+            self.sampling(steps=steps),
+            self.absent(),
+            steps=steps,
+            beside=beside,
+            kind=kind,
+        )
 
     @property
     def revision(self) -> dict[str, str]:
         """Keywords of ``from_pretrained`` that name the weights' revision."""
         return {"revision": self._settings.revision} if self._settings.revision else {}
 
-    def _image(self, *, channels: int, cell: int, side: int, most: int | None = None) -> Shape:
+    def _image(self, *, channels: int, cell: int, side: int, most: int | None = None, only: bool = False) -> Shape:
         """The shape of an image family's samples.
 
         Args:
@@ -342,12 +348,18 @@ class Family(ABC):
             cell: latents along a side that its network takes as one.
             side: pixels along a side unless the recipe says otherwise.
             most: pixels along a side that its network can place, where that is limited.
+            only: its network makes pictures of no other side.
 
         Raises:
             InputError: if the asked size does not fit.
         """
         m, scale = self._settings, self.autoencoder.scale
         height, width, multiple = m.height or side, m.width or side, scale * cell
+        if only and {height, width} != {side}:
+            raise InputError(
+                f"model.height={m.height}, model.width={m.width} do not fit {self.path!r}: "
+                f"its network makes pictures of {side}x{side}"
+            )
         if (m.frames or 1) != 1:
             raise InputError(f"model.frames={m.frames} does not fit {self.path!r}: it makes images, of one frame")
         if height % multiple or width % multiple or (most and max(height, width) > most):

@@ -18,7 +18,7 @@ from raydmd.errors import InputError
 from raydmd.models.autoencoder import ImageAutoencoder
 from raydmd.models.base import Conditions, Denoiser
 from raydmd.models.family import Family, chunks
-from raydmd.models.packing import CELL, pack, unpack
+from raydmd.models.packing import CELL, drawn_packed, pack, unpack
 from raydmd.models.schedulers import given_flow_scheduler
 from raydmd.process import RectifiedFlow
 
@@ -88,7 +88,6 @@ class Flux(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = FluxPipeline
-    packed = True
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
@@ -123,6 +122,10 @@ class Flux(Family):
     def text_length(self) -> int:
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""
         return self._length(512, "tokenizer_2")
+
+    def fresh(self, generator: torch.Generator) -> Tensor:
+        """See :class:`~raydmd.models.family.Family`."""
+        return drawn_packed(self._shape.latent, generator)
 
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
         """See :class:`~raydmd.models.family.Family`."""

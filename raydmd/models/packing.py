@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,3 +25,9 @@ def unpack(tokens: Tensor, like: Tensor) -> Tensor:
     b, c, h, w = like.shape
     cells = tokens.reshape(b, h // CELL, w // CELL, c, CELL, CELL).permute(0, 3, 1, 4, 2, 5)
     return cells.reshape(b, c, h, w)
+
+
+def drawn_packed(latent: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise ``(1, *latent)`` as a scheduler draws it that sees tokens: its numbers lie in their order."""
+    like = torch.empty(1, *latent)
+    return unpack(torch.randn(pack(like).shape, generator=generator), like)

@@ -24,7 +24,7 @@ from raydmd.errors import InputError
 from raydmd.models.autoencoder import VideoAutoencoder
 from raydmd.models.base import Conditions, Denoiser
 from raydmd.models.family import Family, chunks
-from raydmd.models.packing import CELL, pack, unpack
+from raydmd.models.packing import CELL, drawn_packed, pack, unpack
 from raydmd.models.schedulers import given_flow_scheduler
 from raydmd.process import RectifiedFlow
 
@@ -77,7 +77,6 @@ class QwenImage(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = QwenImagePipeline
-    packed = True
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
@@ -106,6 +105,10 @@ class QwenImage(Family):
     def text_length(self) -> int:
         """See :class:`~raydmd.models.family.Family`; a limit, since prompts are as long as they are."""
         return self._settings.text_length or 512
+
+    def fresh(self, generator: torch.Generator) -> Tensor:
+        """See :class:`~raydmd.models.family.Family`."""
+        return drawn_packed(self._shape.latent, generator)
 
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
         """See :class:`~raydmd.models.family.Family`."""

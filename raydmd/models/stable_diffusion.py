@@ -88,7 +88,9 @@ class StableDiffusion(Family):
         self._require("unet", "vae", "scheduler", *self.text_parts)
         self.process, self.prediction = table_process(self.path, self._config(DDIMScheduler, "scheduler"))
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="none")
-        self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
+        config = self._config(UNet2DConditionModel, "unet")
+        side = config["sample_size"] * self.autoencoder.scale
+        self._shape = self._image(channels=config["in_channels"], cell=_cell(config), side=side)
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
@@ -150,7 +152,9 @@ class StableDiffusionXL(Family):
         self._require("unet", "vae", "scheduler", *self.text_parts)
         self.process, self.prediction = table_process(self.path, self._config(DDIMScheduler, "scheduler"))
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="statistics")
-        self._shape = self._image(**_size(self._config(UNet2DConditionModel, "unet"), self.autoencoder.scale))
+        config = self._config(UNet2DConditionModel, "unet")
+        side = config["sample_size"] * self.autoencoder.scale
+        self._shape = self._image(channels=config["in_channels"], cell=_cell(config), side=side)
 
     def check(self, method: Method) -> None:
         """See :class:`~raydmd.models.family.Family`."""
@@ -199,10 +203,10 @@ class StableDiffusionXL(Family):
         )
 
 
-def _size(config: Mapping[str, Any], scale: int) -> dict[str, int]:
-    """What :meth:`Family._image` asks of a U-Net."""
-    cell = 2 ** (len(config["block_out_channels"]) - 1)
-    return {"channels": config["in_channels"], "cell": cell, "side": config["sample_size"] * scale}
+def _cell(config: Mapping[str, Any]) -> int:
+    """Latents along a side that a U-Net takes as one: it halves them once less often than it has levels."""
+    cell: int = 2 ** (len(config["block_out_channels"]) - 1)
+    return cell
 
 
 def _length(family: Family, settings: recipes.Model, tokenizer: Any) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 def usage(
     pipeline: str,
     network: str,
+    asked: str,
     call: Mapping[str, Any],
     absent: Sequence[str],
     *,
@@ -23,7 +24,8 @@ def usage(
     Args:
         pipeline: diffusers' class.
         network: what it calls its denoiser.
-        call: what it is called with beside its prompt.
+        asked: its prompt, or what stands for one.
+        call: what it is called with beside that.
         absent: parts that it must be told are not there.
         steps: of the student.
         beside: experts that the pipeline has no place for, and the step that each begins with.
@@ -34,7 +36,7 @@ def usage(
     parts = "".join(f", {part}=None" for part in absent)
     start = f'pipe = {pipeline}.from_pretrained("this/folder"{parts})'
     if not beside:
-        return f'from diffusers import {pipeline}\n\n{start}\n{result}\n    "your prompt",\n{lines}\n{end}'
+        return f"from diffusers import {pipeline}\n\n{start}\n{result}\n    {asked},\n{lines}\n{end}"
     others = "\n".join(
         f'    {step}: {kind}.from_pretrained("this/folder", subfolder="{expert}"),' for expert, step in beside.items()
     )
@@ -51,7 +53,7 @@ def take_turns(pipe, step, time, values):  # after the last step it is the first
     return values
 
 {result}
-    "your prompt",
+    {asked},
 {lines}
     callback_on_step_end=take_turns,
 {end}"""

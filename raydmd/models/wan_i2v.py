@@ -7,6 +7,7 @@ prompt too.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import UMT5EncoderModel
 
 from raydmd.errors import InputError
 from raydmd.models.base import Conditions
+from raydmd.models.identity import digest, fingerprint
 from raydmd.models.pictured import Pictured
 from raydmd.models.wan import Wan, WanDenoiser
 
@@ -62,6 +64,8 @@ class WanImage(Wan):
 
     pipeline = WanImageToVideoPipeline
     pictures = True
+    part = 32
+    asked = 'load_image("first.png"),\n    "your prompt"'
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         super().__init__(settings, index)
@@ -92,6 +96,14 @@ class WanImage(Wan):
             embeds=super()._encode([str(text) for text in texts], length).embeds, picture=torch.cat([none, *found])
         )
 
+    @cached_property
+    def _read_by(self) -> list[Any]:
+        by: list[Any] = super()._read_by
+        return [*by, self._shape.latent, fingerprint(self._settings, ("vae",))]
+
+    def _seen(self, prompts: Sequence[str]) -> list[str]:
+        return [digest(text.picture) for text in prompts if isinstance(text, Pictured)]
+
     def _first_frame(self, text: str) -> Tensor:
         """Latents ``(1, *latent)`` of a prompt's picture and grey frames, scaled as the stock pipeline does."""
         if not isinstance(text, Pictured):
@@ -111,9 +123,7 @@ class WanImage(Wan):
 
     def usage(self, *, steps: int, beside: Mapping[str, int] | None = None, kind: str = "") -> str:
         """See :class:`~raydmd.models.family.Family`; with a picture."""
-        found = super().usage(steps=steps, beside=beside, kind=kind)
-        found = f"from diffusers.utils import load_image\n{found}"
-        return found.replace('    "your prompt",\n', '    load_image("first.png"),\n    "your prompt",\n')
+        return f"from diffusers.utils import load_image\n{super().usage(steps=steps, beside=beside, kind=kind)}"
 
     def _text_pipeline(self) -> WanImageToVideoPipeline:
         return WanImageToVideoPipeline(

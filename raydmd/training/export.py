@@ -15,12 +15,15 @@ from raydmd.errors import RunFailed
 from raydmd.methods.phases import split_grid
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Denoiser, Experts
+from raydmd.models.hollow import cast
 from raydmd.process import step_grid
 from raydmd.training.checkpoint import STUDENT
 from raydmd.training.roles import ADAPTER, adapter_weights, add_adapter, own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
     from raydmd.methods.rollout import Solver
     from raydmd.models.family import Family
@@ -50,6 +53,13 @@ def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Deno
                 p.copy_(state[name])
         found[expert] = denoiser.eval().requires_grad_(False)
     return found
+
+
+def lower(recipe: Recipe, denoisers: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Cast a finished student to the precision it was trained to run in, on a device that computes in it."""
+    if device.type == "cuda" and recipe.training.precision == "bf16":
+        for denoiser in denoisers.values():
+            cast(denoiser.network, torch.bfloat16)
 
 
 def student_experts(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser]) -> Experts:
@@ -127,6 +137,10 @@ def _card(recipe: Recipe, family: Family, denoisers: Mapping[str, Denoiser]) -> 
     shown = yaml.safe_dump(recipe.model_dump(mode="json", include={"seed", "method", "training"}), sort_keys=False)
     # A hub id is worth naming whole; a folder of this machine is not.
     base = Path(recipe.model.path).name if Path(recipe.model.path).exists() else recipe.model.path
+    fused = ", ".join(f"`{Path(file).name}` into its {part}" for part, file in recipe.model.lora.items())
+    with_lora = (
+        f"\nThe teacher had LoRA files fused: {fused}. Adapters exported beside presuppose them.\n" if fused else ""
+    )
     return f"""---
 library_name: diffusers
 base_model: {base}
@@ -136,7 +150,7 @@ base_model: {base}
 A {recipe.method.steps}-step student of `{base}`, distilled with
 `{recipe.method.name}` by raydmd {__version__}. Sample it without guidance, with exactly
 {recipe.method.steps} steps: the scheduler in this folder walks the student's own times.
-
+{with_lora}
 ```python
 {family.usage(steps=m.steps, beside=beside, kind=kind)}
 ```

@@ -21,12 +21,11 @@ from raydmd.evaluation.samples import Samples, evaluation_prompts
 from raydmd.guidance import Guidance
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
-from raydmd.models.hollow import cast
 from raydmd.models.places import locate
 from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
-from raydmd.training.export import PIPELINE, add_results, export, load_student, readable, solver, student_experts
+from raydmd.training.export import PIPELINE, add_results, export, load_student, lower, readable, solver, student_experts
 from raydmd.training.plan import CyclePlan
 from raydmd.zoo.judge import AttributeJudge
 
@@ -106,9 +105,7 @@ def measure(
     conditions = Conditions.read(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
     rows = [1 + unique.index(t) for t in texts]
     teacher = load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
-    if device.type == "cuda" and recipe.training.precision == "bf16":
-        for module in student.modules.values():
-            cast(module.network, torch.bfloat16)
+    lower(recipe, student.modules, device)
     full = step_grid(e.teacher_steps, m.shift)
     guided = Guidance(m.guidance if e.guidance is None else e.guidance)
     few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)

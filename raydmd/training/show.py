@@ -14,12 +14,11 @@ from raydmd.evaluation.samples import Samples
 from raydmd.guidance import Guidance
 from raydmd.models import load_family
 from raydmd.models.base import Conditions
-from raydmd.models.hollow import cast
 from raydmd.process import step_grid
 from raydmd.recipe import Recipe, load
 from raydmd.sampling import sample
 from raydmd.training.encoding import training_prompts
-from raydmd.training.export import load_student, readable, solver, student_experts
+from raydmd.training.export import load_student, lower, solver, student_experts
 from raydmd.training.folder import trained
 
 if TYPE_CHECKING:
@@ -73,10 +72,9 @@ def show(folder: Path, prompts: Sequence[str], *, count: int, seeds: Sequence[in
     conditions = Conditions.read(family.encode(texts, run / "conditions")).to(device)
     denoisers = load_student(recipe, family, checkpoint)
     student = student_experts(recipe, family, denoisers)
-    for module in denoisers.values():
-        if device.type == "cuda" and recipe.training.precision == "bf16":
-            cast(module.network, torch.bfloat16)
-        module.to(device)
+    lower(recipe, denoisers, device)
+    for denoiser in denoisers.values():
+        denoiser.to(device)
     made = []
     for seed in seeds:
         start = time.perf_counter()
@@ -147,5 +145,4 @@ def _write(output: Path, made: Sequence[Samples]) -> Shown:
         sheet.write_bytes(png(contact_sheet(made)))
     except OSError as error:
         raise InputError(f"samples cannot be written to {output}: {error}") from None
-    readable(output)
     return Shown(samples=list(made), sheet=sheet, files=files)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.local
 NUMBERS = ["7", "1", "3"]
 STEPS = {"edm": 1, "dit": 2, "sit": 2}
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "edm": [{"name": "dmd2"}],
+    "edm": [{"name": "dmd2"}],  # a ConsistencyModelPipeline holds one kind of student: of one step
     "dit": [{"name": "dmd2"}, {"name": "decoupled", "decouple": {"schedule": "full"}}],
     "sit": [{"name": "dmd2", "solver": "euler"}, {"name": "dp_dmd", "anchor": {"steps": 2, "of": 6}}],
 }
@@ -69,11 +69,14 @@ def test_a_guided_walk_is_the_stock_pipelines(kind, folder, tmp_path, scale):
     assert (other - walked).abs().max() > 1e-5, "deaf to its class"
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_the_export_gives_stock_diffusers_the_same_picture(kind, folder, tmp_path, which):
-    if which >= len(METHODS[kind]):
-        pytest.skip(f"a ConsistencyModelPipeline holds one kind of student, {kind}'s")
-    r = recipe_of(kind, folder, tmp_path, METHODS[kind][which])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind, methods in METHODS.items() for method in methods],
+    ids=[f"{kind}-{method['name']}" for kind, methods in METHODS.items() for method in methods],
+    indirect=["kind"],
+)
+def test_the_export_gives_stock_diffusers_the_same_picture(kind, folder, tmp_path, method):
+    r = recipe_of(kind, folder, tmp_path, method)
     family, _ = trained(r, NUMBERS)
     expected = sampled(r, family, NUMBERS[0])
     export(r, family, load_student(r, family, final(r)), r.folder)

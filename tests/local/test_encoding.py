@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from raydmd.errors import InputError
-from raydmd.models import family as families
 from raydmd.models import load_family
 from raydmd.models.base import Conditions
+from raydmd.models.family import Family
 from raydmd.models.untrained import write
 from raydmd.recipe import Model
 from tests.pipelines import WORDS
@@ -30,7 +30,7 @@ def test_parts_make_the_table_that_one_go_makes(tmp_path, monkeypatch, kind):
     prompts = [str(k) for k in range(5)] if kind == "dit" else PROMPTS
     family = load_family(Model(path=str(folder)))
     whole = Conditions.read(family.encode(prompts, tmp_path / "whole"))
-    monkeypatch.setattr(families, "PART", 2)
+    monkeypatch.setattr(Family, "part", 2)
     file = family.encode(prompts, tmp_path / "parts")
     found = Conditions.read(file)
     assert found.tensors().keys() == whole.tensors().keys()
@@ -41,7 +41,7 @@ def test_parts_make_the_table_that_one_go_makes(tmp_path, monkeypatch, kind):
 
 
 def test_what_was_encoded_before_a_failure_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "PART", 2)
+    monkeypatch.setattr(Family, "part", 2)
     family = load_family(Model(path=str(write("sd3", tmp_path / "sd3", WORDS))))
     encoded: list[tuple[str, ...]] = []
     encode = family._encode
@@ -68,7 +68,7 @@ def test_what_was_encoded_before_a_failure_is_kept(tmp_path, monkeypatch):
 
 
 def test_parts_may_be_made_elsewhere_and_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "PART", 2)
+    monkeypatch.setattr(Family, "part", 2)
     family = load_family(Model(path=str(write("sd3", tmp_path / "sd3", WORDS))))
     asked: list[Sequence[str]] = []
 
@@ -85,7 +85,7 @@ def test_parts_may_be_made_elsewhere_and_in_any_order(tmp_path, monkeypatch):
 
 
 def test_parts_that_were_made_where_nobody_sees_them_are_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "PART", 2)
+    monkeypatch.setattr(Family, "part", 2)
     family = load_family(Model(path=str(write("sd3", tmp_path / "sd3", WORDS))))
     with pytest.raises(InputError, match="3 of 3 parts of encoded prompts are not in"):
         family.encode(PROMPTS, tmp_path / "cache", spread=lambda *_: None)

@@ -12,7 +12,8 @@ from raydmd.errors import InputError
 from raydmd.models import load_family
 from raydmd.models.identity import fingerprint
 from raydmd.models.untrained import write
-from raydmd.recipe import Lora, Model, Training
+from raydmd.recipe import Lora, Model, Recipe, Training, derive
+from raydmd.training.export import export
 from raydmd.training.roles import adapter_weights, add_adapter
 from tests.pipelines import WORDS
 
@@ -54,6 +55,19 @@ def test_a_fused_teacher_computes_what_its_adapter_does(tmp_path, kind):
         torch.testing.assert_close(fused.network.state_dict()[name], value, rtol=0, atol=1e-6)
     assert any((value - start[name]).abs().max() > 1e-3 for name, value in network.state_dict().items())
     assert fingerprint(settings, [plain.network]) != fingerprint(Model(path=str(folder)), [plain.network])
+
+
+def test_a_students_card_names_what_was_fused(tmp_path):
+    folder = write("sd3", tmp_path / "sd3", WORDS)
+    file, _ = lora(load_family(Model(path=str(folder))), tmp_path / "lora")
+    for given, said in (({"transformer": str(file)}, True), ({}, False)):
+        plain = {"model": {"path": str(folder), "lora": given}, "training.student.lora": None}
+        recipe = derive(Recipe(), plain)
+        family = load_family(recipe.model)
+        student = {"transformer": family.denoiser("transformer", dtype=torch.float32)}
+        export(recipe, family, student, tmp_path / str(said))
+        card = (tmp_path / str(said) / "pipeline" / "README.md").read_text()
+        assert ("LoRA files fused: `transformer.safetensors` into its transformer." in card) == said
 
 
 def test_a_lora_for_another_base_is_refused(tmp_path):

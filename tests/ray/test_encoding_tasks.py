@@ -9,9 +9,9 @@ import ray
 import torch
 
 from raydmd.errors import RunFailed, RunStopped
-from raydmd.models import family as families
 from raydmd.models import load_family
 from raydmd.models.base import Conditions
+from raydmd.models.family import Family
 from raydmd.recipe import Recipe, derive
 from raydmd.training.cluster import connect
 from raydmd.training.encoding import encode
@@ -26,7 +26,7 @@ PROMPTS = ["a cat", "a dog runs", "a", "a cat jumps"]
 
 def test_prompts_are_encoded_by_processes_of_the_cluster(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(families, "PART", 2)
+    monkeypatch.setattr(Family, "part", 2)
     model = sd3_pipeline(tmp_path / "sd3")
     recipe = derive(Recipe(output=tmp_path), {"model.path": str(model), "training.step_timeout": 120})
     family = load_family(recipe.model)
