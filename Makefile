@@ -26,8 +26,8 @@ demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its re
 	$(BIN)/python experiments/phased_wan22.py
 
 test: $(READY) ## install, then run every test, side by side: all but chaos, then chaos
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2 --dist worksteal
 
 experiments: $(READY) ## every script of experiments/ on the zoo, 20 updates each (half an hour)
 	@for script in experiments/*.py; do \
