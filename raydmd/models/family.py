@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -207,6 +208,31 @@ class Family(ABC):
                     f"training.{role}.lora does not fit {self.path!r}: in diffusers the network of a "
                     f"{self.pipeline.__name__} takes no adapters. Set training.{role}.lora=null"
                 )
+
+    def tokens(self) -> tuple[int, ...]:
+        """Lengths of a sample's sequences that ranks share under sequence parallelism; none if they can't."""
+        return ()
+
+    def check_sequence(self, size: int) -> None:
+        """Refuse groups of ranks that can't share a sample.
+
+        Args:
+            size: ranks of a group.
+
+        Raises:
+            InputError: saying what does not divide.
+        """
+        if size == 1:
+            return
+        why = f"raydmd can't split the tokens of a {self.pipeline.__name__}"
+        if self.tokens():
+            heads = self._config(getattr(diffusers, self._index[self.network][1]), self.network)["num_attention_heads"]
+            counts = [(heads, "attention heads"), *((n, "tokens") for n in self.tokens())]
+            odd = [f"{count} {name}" for count, name in counts if count % size]
+            if not odd:
+                return
+            why = f"{' and '.join(odd)} do not divide by it"
+        raise InputError(f"placement.sequence={size} does not fit {self.path!r}: {why}")
 
     @torch.no_grad()
     def encode_part(self, prompts: Sequence[str], folder: Path) -> None:
