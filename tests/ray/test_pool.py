@@ -20,7 +20,7 @@ from raydmd.serving.messages import ScoreRequest
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import ClientSpec, PoolClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 
@@ -57,7 +57,7 @@ def start(
         Replicas(copies=teachers, cpus=0.1, batch_wait=batch_wait),
         functools.partial(load_teacher_engine, build, conditions, helpers.LATENT),
         deterministic=deterministic,
-        start_timeout=120,
+        start_timeout=220,
         request_timeout=request_timeout,
         attempt_timeout=attempt_timeout,
     )

@@ -15,7 +15,7 @@ from raydmd.serving.messages import RewardRequest
 from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import PoolClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
 
 
@@ -36,7 +36,7 @@ def test_the_zoo_s_reward_in_a_pool_equals_the_local_one(tmp_path: Path) -> None
     )
     try:
         load = functools.partial(load_reward_engine, recipe, PROMPTS)
-        with Pool.start(Replicas(copies=1, cpus=0.1), load, deterministic=True, start_timeout=120) as pool:
+        with Pool.start(Replicas(copies=1, cpus=0.1), load, deterministic=True, start_timeout=220) as pool:
             answer = PoolClient(pool.client_spec(), "rank 0").submit(request).result().answer.value
     finally:
         ray.shutdown()
