@@ -184,7 +184,7 @@ def test_sizes_that_a_family_cannot_make_are_refused_by_their_place(folders):
     assert "data.sizes[0].frames=4, data.sizes[0].height=32" in refusal(
         "wan22", wan, Size(height=32, width=48, frames=4)
     )
-    assert "frames are at most 125, height 512, width 512" in refusal("wan22", wan, Size(height=32, width=528))
+    assert "frames are at most 253, height 1024, width 1024" in refusal("wan22", wan, Size(height=32, width=1040))
     assert "data.sizes[1]: this size is there already" in refusal("wan22", wan, *[Size(height=32, width=48)] * 2)
     assert "the model's own size alone" in refusal("sd3", sd3, small)
 
@@ -197,7 +197,7 @@ def test_families_of_one_size_refuse_others(kind, folders):
     assert says.startswith("data.sizes")
 
 
-@pytest.mark.parametrize(("kind", "most"), [("lumina2", 2048), ("z-image", 128), ("wan21", 512)])
+@pytest.mark.parametrize(("kind", "most"), [("lumina2", 2048), ("z-image", 256), ("wan21", 1024)])
 def test_sizes_beyond_a_networks_places_are_refused(kind, most, folders):
     family = load_family(model(kind, folders(kind)))
     own = family.shape()
