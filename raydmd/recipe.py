@@ -107,6 +107,8 @@ class Placement(Section):
     """Where roles run."""
 
     workers: Count = 1
+    sequence: Count = 1
+    """Neighbouring workers that share each sample, its tokens split between them: sequence parallel, for long video."""
     teachers: Count = 1
     teacher: Literal["remote", "local", "tied"] = "remote"
     """A pool; a copy in each worker; or one network in each worker whose adapters are student and fake score."""
@@ -149,6 +151,25 @@ class Tracking(Section):
     uri: Word | None = None
     """A tracking server; default: a SQLite file under ``output``."""
     experiment: Word = "raydmd"
+
+
+def _batch_divides(training: Training, method: Method, placement: Placement) -> None:
+    workers, group = placement.workers, placement.sequence
+    if workers % group:
+        raise ValueError(f"placement.workers={workers} does not divide into groups of placement.sequence={group}")
+    shares, over = workers // group, f"placement.workers={workers}"
+    if group > 1:
+        over = f"the {shares} groups of placement.sequence={group} in {over}"
+        for key in ("gan", "regression"):
+            if getattr(method, key):
+                raise ValueError(f"placement.sequence={group} does not go with method.{key}, which needs samples apart")
+    if training.batch % shares:
+        raise ValueError(f"training.batch={training.batch} does not divide over {over}")
+    if method.adapt and training.batch // shares % method.adapt.group:
+        raise ValueError(
+            f"method.adapt.group={method.adapt.group} does not divide the {training.batch // shares} samples that each "
+            f"of {over} has of training.batch={training.batch}"
+        )
 
 
 def _gan_can_train(gan: Gan | None, training: Training) -> None:
@@ -241,17 +262,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.training.batch % self.placement.workers:
-            raise ValueError(
-                f"training.batch={self.training.batch} does not divide over placement.workers={self.placement.workers}"
-            )
-        if adapt := self.method.adapt:
-            share = self.training.batch // self.placement.workers
-            if share % adapt.group:
-                raise ValueError(
-                    f"method.adapt.group={adapt.group} does not divide the {share} samples that each of "
-                    f"placement.workers={self.placement.workers} has of training.batch={self.training.batch}"
-                )
+        _batch_divides(self.training, self.method, self.placement)
         pairs = self.method.regression and self.method.regression.batch
         if pairs and pairs % self.placement.workers:
             raise ValueError(

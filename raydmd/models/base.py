@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raydmd.guidance import Guidance
+    from raydmd.models.tokens import TokenGroup
     from raydmd.process import Prediction, Process
 
 
@@ -126,6 +127,14 @@ class Conditions:
             found[name] = whole
         return cls(**found)
 
+    def padded(self, multiple: int) -> Self:
+        """The same with texts of a length that divides by ``multiple``; those without a mask can't be told longer."""
+        missing = -self.embeds.shape[1] % multiple
+        if self.mask is None or not missing:
+            return self
+        longer = {n: v if n not in ("embeds", "mask") else _lengthen(v, missing) for n, v in self.tensors().items()}
+        return type(self)(**longer)
+
     def save(self, file: Path) -> None:
         """Write them as safetensors, one tensor per attribute."""
         save_file({name: value.contiguous() for name, value in self.tensors().items()}, file)
@@ -138,6 +147,10 @@ class Conditions:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{name: change(value) for name, value in self.tensors().items()})
+
+
+def _lengthen(value: Tensor, by: int) -> Tensor:
+    return torch.cat([value, value.new_zeros(value.shape[0], by, *value.shape[2:])], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +205,8 @@ class Denoiser(ABC, nn.Module):
     """Which of the network's adapters is this one's."""
     switch: Callable[[str | None], None] | None = None
     """Of a network that several share, each with an adapter of its own: turns one on and the others off."""
+    tokens: TokenGroup | None = None
+    """Ranks that share each sample's tokens with this one, where there are such."""
     idle: tuple[str, ...] = ()
     """Modules whose output nothing reads, so that their parameters never get a gradient; they stay as they are."""
 
@@ -210,10 +225,11 @@ class Denoiser(ABC, nn.Module):
             exactly: what else goes in as it is.
             **inputs: what goes in in the dtype of the forward pass.
         """
+        group = self.tokens
         with self.running(timestep.device) as dtype:
-            cast = {name: value.to(dtype) for name, value in inputs.items()}
+            cast = {name: (group.enter(value) if group else value).to(dtype) for name, value in inputs.items()}
             output: Tensor = self.network(timestep=timestep, return_dict=False, **cast, **(exactly or {}))[0]
-        return output.float()
+        return group.leave(output.float()) if group else output.float()
 
     def beside(self, adapter: str | None, *, autocast: torch.dtype) -> Self:
         """Another one on the same network, with an adapter (``None``: with none) and a dtype of its own."""

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from raydmd.models.sizes import image_shape
 from raydmd.models.usage import usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from raydmd import recipe as recipes
     from raydmd.models.autoencoder import Autoencoder
@@ -223,6 +224,36 @@ class Family(ABC):
                     f"training.{role}.lora does not fit {self.path!r}: in diffusers the network of a "
                     f"{self.pipeline.__name__} takes no adapters. Set training.{role}.lora=null"
                 )
+
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """Lengths of a sample's sequences that ranks share under sequence parallelism; none if they can't."""
+        del latent
+        return ()
+
+    def check_sequence(self, size: int, latents: Iterable[tuple[int, ...]] = ()) -> None:
+        """Refuse groups of ranks that can't share a sample.
+
+        Args:
+            size: ranks of a group.
+            latents: shapes of one latent that samples have beside the family's own.
+
+        Raises:
+            InputError: saying what does not divide.
+        """
+        if size == 1:
+            return
+        why = f"raydmd can't split the tokens of a {self.pipeline.__name__}"
+        own = self._shape.latent
+        if self.tokens(own):
+            heads = self._config(getattr(diffusers, self._index[self.network][1]), self.network)["num_attention_heads"]
+            counts = [(heads, "attention heads"), *((n, "tokens") for n in self.tokens(own))]
+            for latent in latents:
+                counts += [(n, f"tokens of latents {latent}") for n in self.tokens(latent) if latent != own]
+            odd = [f"{count} {name}" for count, name in counts if count % size]
+            if not odd:
+                return
+            why = f"{' and '.join(odd)} do not divide by it"
+        raise InputError(f"placement.sequence={size} does not fit {self.path!r}: {why}")
 
     @torch.no_grad()
     def encode_part(self, prompts: Sequence[str], folder: Path) -> None:

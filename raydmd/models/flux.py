@@ -7,6 +7,7 @@ which stands in for classifier-free guidance and is held at the model's own valu
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,10 @@ class Flux(Family):
             embeds=torch.cat([row[0].float().cpu() for row in rows]),
             pooled=torch.cat([row[1].float().cpu() for row in rows]),
         )
+
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return (prod(latent[1:]) // CELL**2, self.text_length())
 
     def text_length(self) -> int:
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""

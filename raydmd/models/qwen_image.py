@@ -8,6 +8,7 @@ conditional one.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,10 @@ class QwenImage(Family):
             embeds=nn.utils.rnn.pad_sequence(embeds, batch_first=True),
             mask=nn.utils.rnn.pad_sequence(masks, batch_first=True),
         )
+
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return (prod(latent[1:]) // CELL**2,)
 
     def text_length(self) -> int:
         """See :class:`~raydmd.models.family.Family`; a limit, since prompts are as long as they are."""

@@ -7,6 +7,7 @@ latents are normalised by the VAE's per-channel statistics; ``t >= boundary_rati
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +126,10 @@ class Wan(Family):
         network = self._load(WanTransformer3DModel, expert, dtype=dtype)
         per_token = bool(self._index.get("expand_timesteps", False))
         return WanDenoiser(network, per_token_time=per_token, autocast=autocast)
+
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """See :class:`~raydmd.models.family.Family`."""
+        return (prod(latent[1:]) // prod(self._transformer["patch_size"]),)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._encoders()

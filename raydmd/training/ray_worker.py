@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import traceback
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from ray.train import Checkpoint
 from raydmd.data.real import load_real
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.models import load_family, load_teacher
-from raydmd.models.base import Conditions
+from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.tokens import TokenGroup
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
@@ -26,11 +28,12 @@ from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.pairing import open_pairs
 from raydmd.training.session import Session
+from raydmd.training.shared import SharedClient
 from raydmd.training.tied import Tied
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from raydmd.recipe import Recipe
     from raydmd.serving.client import Client
@@ -42,13 +45,15 @@ class RaySession(Session):
 
     Args:
         timeout: seconds to wait for Ray Train's list of checkpoints.
+        sequence: neighbouring ranks that share each sample.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, sequence: int) -> None:
         self._timeout = timeout
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.tokens = TokenGroup(sequence, self.device) if sequence > 1 else None
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:
         """See :class:`~raydmd.training.session.Session`."""
@@ -123,16 +128,16 @@ def train_loop(config: LoopConfig) -> None:
     """
     c = config["worker"]
     prepare_process(threads=c.recipe.placement.threads, deterministic=c.recipe.deterministic)
-    session = RaySession(c.recipe.training.step_timeout)
+    session = RaySession(c.recipe.training.step_timeout, sequence=c.recipe.placement.sequence)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
     try:
         family = load_family(c.recipe.model)
-        tied = Tied(c.recipe, family, session.device) if c.recipe.placement.teacher == "tied" else None
+        tied = Tied(c.recipe, family, session.device, session.tokens) if c.recipe.placement.teacher == "tied" else None
         job = Job(
             recipe=c.recipe,
             family=family,
-            conditions=Conditions.read(Path(c.conditions)),
+            conditions=Conditions.read(Path(c.conditions)).padded(c.recipe.placement.sequence),
             real=load_real(Path(c.real)) if c.real else None,
             stop_at=c.stop_at,
             stop_file=folder / "STOP",
@@ -147,11 +152,14 @@ def train_loop(config: LoopConfig) -> None:
 def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
     """The frozen teacher: a client of the pool, what the roles here are adapters of, or a copy in this process."""
     if c.pool is not None:
-        return PoolClient(c.pool, f"{c.recipe.name}/rank{session.rank}")
+        return for_group(functools.partial(PoolClient, c.pool, f"{c.recipe.name}/rank{session.rank}"), session)
     if job.tied is not None:
         return LocalClient(TeacherEngine(job.tied.teacher(), job.conditions), name="tied", alone=False)
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
-    return LocalClient(TeacherEngine(experts, job.conditions))
+    for module in experts.modules.values():
+        if session.tokens and isinstance(module, Denoiser):
+            session.tokens.share(module)
+    return LocalClient(TeacherEngine(experts, job.conditions), alone=session.tokens is None)
 
 
 def reward_client(c: WorkerConfig, session: Session) -> Client | None:
@@ -159,5 +167,16 @@ def reward_client(c: WorkerConfig, session: Session) -> Client | None:
     if c.recipe.method.adapt is None:
         return None
     if c.rewards is not None:
-        return PoolClient(c.rewards, f"{c.recipe.name}/rank{session.rank}")
-    return LocalClient(load_reward_engine(c.recipe, c.prompts, session.device.type), name="local rewards")
+        return for_group(functools.partial(PoolClient, c.rewards, f"{c.recipe.name}/rank{session.rank}"), session)
+
+    def load() -> Client:
+        return LocalClient(load_reward_engine(c.recipe, c.prompts, session.device.type), name="local rewards")
+
+    return for_group(load, session)
+
+
+def for_group(make: Callable[[], Client], session: Session) -> Client:
+    """A client of this rank; of ranks that share their samples the first one alone makes it, and tells the others."""
+    if session.tokens is None:
+        return make()
+    return SharedClient(make() if session.tokens.leads else None, session.tokens)

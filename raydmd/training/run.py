@@ -64,7 +64,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     family = load_family(recipe.model)
     family.check(recipe.method)
     family.check_roles(recipe.training)
-    training_latents(family, recipe.data)
+    family.check_sequence(recipe.placement.sequence, training_latents(family, recipe.data))
     try:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:

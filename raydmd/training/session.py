@@ -17,6 +17,7 @@ from raydmd.training.checkpoint import cycle_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from raydmd.models.tokens import TokenGroup
 
 Fits = Callable[[int], bool]
 
@@ -27,6 +28,14 @@ class Session(ABC):
     rank: int
     world: int
     device: torch.device
+    tokens: TokenGroup | None = None
+    """Ranks with the same samples, which share their tokens; ``None`` if each has samples of its own."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of a batch's samples is this rank's, and how many there are."""
+        size = self.tokens.size if self.tokens else 1
+        return self.rank // size, self.world // size
 
     @abstractmethod
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from raydmd.models.base import Denoiser
     from raydmd.models.family import Family
+    from raydmd.models.tokens import TokenGroup
     from raydmd.recipe import Recipe
 
 
@@ -38,15 +39,19 @@ class Tied:
         recipe: the run; both roles have adapters.
         family: the teacher's pipeline.
         device: where to.
+        tokens: ranks that share each sample's tokens, if any do.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, family: Family, device: torch.device, tokens: TokenGroup | None = None) -> None:
         training, self._family = recipe.training, family
         routing = family.routing()
         precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
         sharded = training.sharding == "fsdp" and dist.is_initialized()
         with family.without_weights(sharded and dist.get_rank() > 0):  # they are sent rank 0's
             self._bases = {e: family.denoiser(e, dtype=precision, autocast=precision) for e in routing.experts}
+        for base in self._bases.values():
+            if tokens:
+                tokens.share(base)
         student = {e: source_expert(recipe.method, routing, e) for e in student_routing(recipe.method, routing).experts}
         self._roles: dict[tuple[str, str], Denoiser] = {}
         for role, lora, sources in (

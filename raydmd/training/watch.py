@@ -47,7 +47,7 @@ class Watch:
     def __init__(self, recipe: Recipe, conditions: Conditions, session: Session) -> None:
         self._settings, self._seed = recipe.monitor, recipe.seed + 2  # 0 and 1 are the stream's and the warm-up's
         self._conditions, self._session = conditions, session
-        self._share = recipe.training.batch // session.world
+        self._share = recipe.training.batch // session.share[1]
         self.monitor = Monitor(recipe.monitor, recipe.training.fake_updates)
 
     @property

@@ -245,6 +245,7 @@ class Worker:
             for _ in range(m.limit):
                 most = m.raised(most)
         updates = ["student", *(f"fake.{k}" for k in range(max(most, now.fake_updates)))]
+        share, shares = self.session.share
         self.stream, self._warmup_stream = (
             Stream(
                 self._conditions,
@@ -253,8 +254,8 @@ class Worker:
                 batch=training.batch,
                 slots=slots,
                 regular=regular,
-                rank=self.session.rank,
-                world=self.session.world,
+                rank=share,
+                world=shares,
                 group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
                 device=self.session.device,
             )
@@ -296,6 +297,8 @@ class Worker:
             add_adapter(denoiser, lora, seed=self.recipe.seed)
         if training.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
+        if self.session.tokens:
+            self.session.tokens.share(denoiser)
         denoiser.train()
         return denoiser if sharded else denoiser.to(self.session.device)
 

@@ -206,6 +206,13 @@ def test_sizes_beyond_a_networks_places_are_refused(kind, most, folders):
         family.sized(2 * most, own.width, own.frames, key="k")
 
 
+def test_sizes_whose_tokens_a_group_of_ranks_cannot_share_are_refused(folders):
+    family = load_family(model("wan22", folders("wan22")))
+    family.check_sequence(2, [family.sized(32, 64, 5).latent])
+    with pytest.raises(InputError, match=r"1 tokens of latents \(16, 1, 2, 2\) do not divide by it"):
+        family.check_sequence(2, [family.shape().latent, family.sized(16, 16, 1).latent])
+
+
 def test_a_run_with_a_size_that_does_not_fit_starts_nothing(folders, tmp_path):
     r = derive(mixed("sd3", folders("sd3"), tmp_path), {"data.sizes": [{"height": 18, "width": 16}]})
     with pytest.raises(InputError, match=re.escape("data.sizes[0].height=18, data.sizes[0].width=16 do not fit")):
