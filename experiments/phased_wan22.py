@@ -1,11 +1,12 @@
 """Phased DMD of a two-expert Wan2.2 text-to-video pipeline (arXiv:2510.27684).
 
 Without arguments: the zoo's wan22-tiny on a local Ray, in minutes. With --model and --prompts: real weights with the
-paper's settings.
+paper's settings, its mix of sizes among them; what is evaluated is 480x832.
 """
 
 from raydmd.cli import experiment
 from raydmd.recipe import Lora, Model, Placement, Recipe, Role, Training
+from raydmd.recipe_data import Data, Size
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import Method
 from raydmd.zoo.settings import on_zoo
@@ -13,6 +14,14 @@ from raydmd.zoo.settings import on_zoo
 PAPER = Recipe(
     name="phased-wan22",
     model=Model(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", frames=81, height=480, width=832),
+    data=Data(
+        sizes=(
+            Size(frames=81, height=720, width=1280, weight=0.1),
+            Size(frames=81, height=1280, width=720, weight=0.1),
+            Size(frames=81, height=480, width=832, weight=0.4),
+            Size(frames=81, height=832, width=480, weight=0.4),
+        )
+    ),
     method=Method(name="phased", steps=4, shift=5.0, boundaries=(0.875,), guidance=4.0),
     training=Training(
         cycles=1000,

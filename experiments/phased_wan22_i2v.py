@@ -2,7 +2,8 @@
 
 Without arguments: an untrained pipeline on a local Ray, in minutes. With --model and --prompts: real weights with the
 paper's settings; prompts are a table (JSONL, CSV, TSV, Parquet) with a column of texts and a column `image` of files.
-The paper does not say the teacher's guidance for image-to-video: it is the pipeline's own.
+The paper does not say the teacher's guidance for image-to-video: it is the pipeline's own. One size, since a prompt's
+picture is encoded once.
 """
 
 from phased_wan22 import PAPER as TEXT_TO_VIDEO
@@ -16,6 +17,7 @@ PAPER = derive(
     {
         "name": "phased-wan22-i2v",
         "model.path": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "data.sizes": (),
         "method": {"boundaries": (0.9,), "guidance": 3.5},
     },
 )

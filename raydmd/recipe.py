@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydmd import recipe_io as io
 from raydmd.errors import InputError
+from raydmd.recipe_data import Data
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import PRESETS, Method
 from raydmd.recipe_monitor import Monitor
@@ -44,22 +45,6 @@ class Model(Section):
     text_length: Count | None = None
     """Tokens a prompt is padded to; default: the tokenizer's limit, at most 512."""
     negative_prompt: str = ""
-
-
-class Data(Section):
-    """Prompts. Distillation is data-free otherwise, but for ``method.gan``."""
-
-    prompts: Word | None = None
-    """A file, by its ending: .txt (one prompt a line), .jsonl, .csv, .tsv, .parquet; or a dataset's folder or hub id.
-    Default: the zoo's own."""
-    column: Word | None = None
-    """Of a table; default: ``prompt``, ``caption`` or ``text``, the first that it has."""
-    split: Word = "train"
-    """Of a dataset."""
-    timeout: Positive = 3600.0
-    """Seconds that a part of the prompts may take to be encoded, its wait for a free node included."""
-    cache: Path | None = None
-    """Where encoded prompts are kept; default: ``conditions`` beside the run."""
 
 
 class Lora(Section):
@@ -242,6 +227,22 @@ def _rewards_are_asked(method: Method, placement: Placement) -> None:
             raise ValueError(f"placement.{key} does nothing without method.adapt, which asks the rewards")
 
 
+def _sizes_can_differ(data: Data, method: Method) -> None:
+    if not data.sizes:
+        return
+    for key, what in (("gan", "real samples"), ("regression", "noise-image pairs")):
+        if getattr(method, key):
+            raise ValueError(
+                f"data.sizes does not fit method.{key}, whose {what} are of the model's one size; set data.sizes=[] or "
+                f"method.{key}=null"
+            )
+    if method.adapt and any(reward.kind == "zoo" for reward in method.adapt.rewards):
+        raise ValueError(
+            "data.sizes does not fit method.adapt.rewards of kind zoo, whose judge knows one size; set data.sizes=[] "
+            "or take another kind"
+        )
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -278,6 +279,7 @@ class Recipe(Section):
         _monitor_can_act(self.monitor, self.training, phases)
         _tied_are_adapters(self.placement, self.training)
         _rewards_are_asked(self.method, self.placement)
+        _sizes_can_differ(self.data, self.method)
         return self
 
     @property

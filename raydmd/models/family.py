@@ -8,7 +8,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from raydmd.models.base import Conditions, Denoiser, Routing, Shape
 from raydmd.models.fusing import fuse
 from raydmd.models.hollow import hollow
 from raydmd.models.identity import fingerprint
+from raydmd.models.sizes import image_shape
 from raydmd.models.usage import usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from raydmd import recipe as recipes
     from raydmd.models.autoencoder import Autoencoder
@@ -72,6 +73,7 @@ class Family(ABC):
     rescale: Rescale | None = None
     """What its pipeline does to a guided prediction beside :class:`~raydmd.guidance.Guidance`."""
     _shape: Shape
+    _fit: Callable[..., Shape]
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:
         self.path = settings.path
@@ -123,6 +125,20 @@ class Family(ABC):
     def shape(self) -> Shape:
         """Shape of one sample."""
         return self._shape
+
+    def sized(self, height: int | None, width: int | None, frames: int | None, *, key: str = "model") -> Shape:
+        """Shape of one sample of another size, in pixels; what is ``None`` is the pipeline's own.
+
+        Args:
+            height: of a picture or frame.
+            width: of it.
+            frames: of a clip; 1 for images.
+            key: of the recipe, which they come from; for messages.
+
+        Raises:
+            InputError: if the networks can't make it.
+        """
+        return self._fit(height=height, width=width, frames=frames, key=key)
 
     def experts_held(self) -> tuple[str, ...]:
         """Experts that the pipeline class has a place for."""
@@ -209,15 +225,17 @@ class Family(ABC):
                     f"{self.pipeline.__name__} takes no adapters. Set training.{role}.lora=null"
                 )
 
-    def tokens(self) -> tuple[int, ...]:
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of a sample's sequences that ranks share under sequence parallelism; none if they can't."""
+        del latent
         return ()
 
-    def check_sequence(self, size: int) -> None:
+    def check_sequence(self, size: int, latents: Iterable[tuple[int, ...]] = ()) -> None:
         """Refuse groups of ranks that can't share a sample.
 
         Args:
             size: ranks of a group.
+            latents: shapes of one latent that samples have beside the family's own.
 
         Raises:
             InputError: saying what does not divide.
@@ -225,9 +243,12 @@ class Family(ABC):
         if size == 1:
             return
         why = f"raydmd can't split the tokens of a {self.pipeline.__name__}"
-        if self.tokens():
+        own = self._shape.latent
+        if self.tokens(own):
             heads = self._config(getattr(diffusers, self._index[self.network][1]), self.network)["num_attention_heads"]
-            counts = [(heads, "attention heads"), *((n, "tokens") for n in self.tokens())]
+            counts = [(heads, "attention heads"), *((n, "tokens") for n in self.tokens(own))]
+            for latent in latents:
+                counts += [(n, f"tokens of latents {latent}") for n in self.tokens(latent) if latent != own]
             odd = [f"{count} {name}" for count, name in counts if count % size]
             if not odd:
                 return
@@ -366,34 +387,10 @@ class Family(ABC):
         """Keywords of ``from_pretrained`` that name the weights' revision."""
         return {"revision": self._settings.revision} if self._settings.revision else {}
 
-    def _image(self, *, channels: int, cell: int, side: int, most: int | None = None, only: bool = False) -> Shape:
-        """The shape of an image family's samples.
-
-        Args:
-            channels: of a latent.
-            cell: latents along a side that its network takes as one.
-            side: pixels along a side unless the recipe says otherwise.
-            most: pixels along a side that its network can place, where that is limited.
-            only: its network makes pictures of no other side.
-
-        Raises:
-            InputError: if the asked size does not fit.
-        """
-        m, scale = self._settings, self.autoencoder.scale
-        height, width, multiple = m.height or side, m.width or side, scale * cell
-        if only and {height, width} != {side}:
-            raise InputError(
-                f"model.height={m.height}, model.width={m.width} do not fit {self.path!r}: "
-                f"its network makes pictures of {side}x{side}"
-            )
-        if (m.frames or 1) != 1:
-            raise InputError(f"model.frames={m.frames} does not fit {self.path!r}: it makes images, of one frame")
-        if height % multiple or width % multiple or (most and max(height, width) > most):
-            raise InputError(
-                f"model.height={height}, model.width={width} do not fit {self.path!r}: both must be multiples of "
-                f"{multiple}" + (f", at most {most}" if most else "")
-            )
-        return Shape(latent=(channels, height // scale, width // scale), frames=1, height=height, width=width)
+    def _image(self, **limits: Any) -> Shape:
+        """The shape of an image family's samples; ``limits`` of :func:`image_shape` hold for all its sizes."""
+        self._fit = partial(image_shape, path=self.path, scale=self.autoencoder.scale, **limits)
+        return self.sized(self._settings.height, self._settings.width, self._settings.frames)
 
     def _config(self, kind: Any, part: str) -> dict[str, Any]:
         """A part's settings."""

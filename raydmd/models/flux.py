@@ -120,9 +120,9 @@ class Flux(Family):
             pooled=torch.cat([row[1].float().cpu() for row in rows]),
         )
 
-    def tokens(self) -> tuple[int, ...]:
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """See :class:`~raydmd.models.family.Family`."""
-        return (prod(self._shape.latent[1:]) // CELL**2, self.text_length())
+        return (prod(latent[1:]) // CELL**2, self.text_length())
 
     def text_length(self) -> int:
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""

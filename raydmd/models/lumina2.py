@@ -77,7 +77,10 @@ class Lumina2(Family):
             raise InputError(
                 f"model {self.path!r}: its VAE scales by {scale}; a Lumina2Pipeline knows {VAE_SCALE} only"
             )
-        self._shape = self._image(channels=config["in_channels"], cell=cell, side=config["sample_size"] * scale)
+        most = min(config["axes_lens"][1:]) * cell * scale
+        self._shape = self._image(
+            channels=config["in_channels"], cell=cell, side=config["sample_size"] * scale, most=most
+        )
 
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Lumina2Denoiser:
         """See :class:`~raydmd.models.family.Family`."""

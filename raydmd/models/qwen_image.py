@@ -103,9 +103,9 @@ class QwenImage(Family):
             mask=nn.utils.rnn.pad_sequence(masks, batch_first=True),
         )
 
-    def tokens(self) -> tuple[int, ...]:
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """See :class:`~raydmd.models.family.Family`."""
-        return (prod(self._shape.latent[1:]) // CELL**2,)
+        return (prod(latent[1:]) // CELL**2,)
 
     def text_length(self) -> int:
         """See :class:`~raydmd.models.family.Family`; a limit, since prompts are as long as they are."""

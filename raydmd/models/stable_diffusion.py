@@ -34,7 +34,7 @@ class UNetDenoiser(Denoiser):
     Args:
         network: the U-Net.
         process: whose table's index it is given.
-        sizes: SDXL's ``time_ids``: height and width before the crop, its corner, height and width. Others have none.
+        scale: pixels to a latent, along a side: SDXL's is told the picture's size in pixels. Others are not.
         autocast: the dtype of the forward pass; parameters keep theirs.
     """
 
@@ -45,24 +45,26 @@ class UNetDenoiser(Denoiser):
         network: UNet2DConditionModel,
         process: VariancePreserving,
         *,
-        sizes: tuple[int, ...] | None,
+        scale: int | None,
         autocast: torch.dtype,
     ) -> None:
         # DMD2 judges by the features of the bottleneck.
         width = network.config.block_out_channels[-1]
         super().__init__(network, (network.mid_block,), width=width, autocast=autocast)
-        self._process, self._sizes = process, sizes
+        self._process, self._scale = process, scale
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """See :class:`~raydmd.models.base.Denoiser`; SDXL's conditions are ``pooled`` too."""
         exactly: dict[str, Any] = {}
-        if self._sizes is not None:
+        if self._scale is not None:
             if cond.pooled is None:
                 raise InputError(
                     "a StableDiffusionXLPipeline needs pooled embeddings; these conditions are another family's"
                 )
-            sizes = torch.tensor([self._sizes], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
-            exactly = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": sizes}}
+            size = (x_t.shape[2] * self._scale, x_t.shape[3] * self._scale)
+            # Height and width before the crop, its corner, height and width.
+            ids = torch.tensor([(*size, 0, 0, *size)], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
+            exactly = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": ids}}
         time = self._process.index(t.float())
         return self.call(time, exactly=exactly, sample=x_t, encoder_hidden_states=cond.embeds)
 
@@ -99,7 +101,7 @@ class StableDiffusion(Family):
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
         """See :class:`~raydmd.models.family.Family`."""
         network = self._load(UNet2DConditionModel, expert, dtype=dtype)
-        return UNetDenoiser(network, self.process, sizes=None, autocast=autocast)
+        return UNetDenoiser(network, self.process, scale=None, autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._encoders()
@@ -163,8 +165,7 @@ class StableDiffusionXL(Family):
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> UNetDenoiser:
         """See :class:`~raydmd.models.family.Family`."""
         network = self._load(UNet2DConditionModel, expert, dtype=dtype)
-        size = (self._shape.height, self._shape.width)
-        return UNetDenoiser(network, self.process, sizes=(*size, 0, 0, *size), autocast=autocast)
+        return UNetDenoiser(network, self.process, scale=self.autoencoder.scale, autocast=autocast)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._encoders()

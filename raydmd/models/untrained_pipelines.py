@@ -75,7 +75,7 @@ def wan(
             num_layers=layers,
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
+            rope_max_seq_len=64,
         )
         for _ in range(experts)
     ]
@@ -312,7 +312,7 @@ def z_image(words: Sequence[str]) -> Any:
         rope_theta=256.0,
         t_scale=1000.0,
         axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
+        axes_lens=[256, 64, 64],
     )
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -80,19 +80,27 @@ class Wan(Family):
         if self._has("transformer_2") and self._index.get("boundary_ratio") is None:
             raise InputError(f"model {self.path!r} has two experts but no boundary_ratio in its model_index.json")
         self.autoencoder = VideoAutoencoder(AutoencoderKLWan, self.path, self.revision)
-        self._shape = self._clip(self._config(WanTransformer3DModel, "transformer"))
+        self._transformer = self._config(WanTransformer3DModel, "transformer")
+        self._shape = self.sized(settings.height, settings.width, settings.frames)
 
-    def _clip(self, config: Mapping[str, Any]) -> Shape:
-        m = self._settings
-        frames, height, width = m.frames or 81, m.height or 480, m.width or 832
-        temporal, spatial = self.autoencoder.frames, self.autoencoder.scale
-        _, ph, pw = config["patch_size"]
+    def sized(self, height: int | None, width: int | None, frames: int | None, *, key: str = "model") -> Shape:
+        """See :class:`~raydmd.models.family.Family`."""
+        frames, height, width = frames or 81, height or 480, width or 832
+        config, temporal, spatial = self._transformer, self.autoencoder.frames, self.autoencoder.scale
+        pt, ph, pw = config["patch_size"]
+        given = f"{key}.frames={frames}, {key}.height={height}, {key}.width={width} do not fit {self.path!r}"
         if (frames - 1) % temporal or height % (spatial * ph) or width % (spatial * pw):
             raise InputError(
-                f"model.frames={frames}, model.height={height}, model.width={width} do not fit {self.path!r}: frames "
-                f"must be 1 + a multiple of {temporal}, height of {spatial * ph}, width of {spatial * pw}"
+                f"{given}: frames must be 1 + a multiple of {temporal}, height of {spatial * ph}, width of "
+                f"{spatial * pw}"
             )
         latent = (config["out_channels"], (frames - 1) // temporal + 1, height // spatial, width // spatial)
+        most = config["rope_max_seq_len"]
+        if latent[1] > most * pt or latent[2] > most * ph or latent[3] > most * pw:
+            raise InputError(
+                f"{given}: its transformer can place {most} tokens along an axis, so frames are at most "
+                f"{(most * pt - 1) * temporal + 1}, height {most * ph * spatial}, width {most * pw * spatial}"
+            )
         return Shape(latent=latent, frames=frames, height=height, width=width)
 
     def experts_held(self) -> tuple[str, ...]:
@@ -119,10 +127,9 @@ class Wan(Family):
         per_token = bool(self._index.get("expand_timesteps", False))
         return WanDenoiser(network, per_token_time=per_token, autocast=autocast)
 
-    def tokens(self) -> tuple[int, ...]:
+    def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """See :class:`~raydmd.models.family.Family`."""
-        patch = self._config(WanTransformer3DModel, "transformer")["patch_size"]
-        return (prod(self._shape.latent[1:]) // prod(patch),)
+        return (prod(latent[1:]) // prod(self._transformer["patch_size"]),)
 
     def _encode(self, texts: Sequence[str], length: int) -> Conditions:
         pipeline = self._encoders()

@@ -72,8 +72,9 @@ class ZImage(Family):
         self._require("transformer", "vae", *self.text_parts)
         self.autoencoder = ImageAutoencoder(self.path, self.revision, centre="shift_factor")
         config = self._config(ZImageTransformer2DModel, "transformer")
-        cell = config["all_patch_size"][0]
-        self._shape = self._image(channels=config["in_channels"], cell=cell, side=128 * self.autoencoder.scale)
+        cell, scale = config["all_patch_size"][0], self.autoencoder.scale
+        most = min(config["axes_lens"][1:]) * cell * scale
+        self._shape = self._image(channels=config["in_channels"], cell=cell, side=128 * scale, most=most)
 
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> ZImageDenoiser:
         """See :class:`~raydmd.models.family.Family`."""

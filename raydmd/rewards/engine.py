@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,16 +11,18 @@ from raydmd.errors import InputError, NonFiniteError
 from raydmd.methods.terms import Answer
 from raydmd.models import load_family
 from raydmd.models.places import locate
+from raydmd.models.sizes import training_latents
 from raydmd.rewards.build import build
 from raydmd.serving.batcher import Key
 from raydmd.serving.engine import Engine
 from raydmd.serving.messages import RewardRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from raydmd import recipe as recipes
     from raydmd.models.family import Family
+    from raydmd.models.sizes import Latent
     from raydmd.rewards.base import Reward
     from raydmd.serving.messages import Request
 
@@ -32,10 +35,14 @@ class RewardEngine(Engine):
         family: decodes.
         prompts: by row of the condition table; row 0 is the negative prompt.
         device: where both run.
+        latents: shapes of one latent that are judged.
     """
 
-    def __init__(self, reward: Reward, family: Family, prompts: Sequence[str], *, device: str) -> None:
+    def __init__(
+        self, reward: Reward, family: Family, prompts: Sequence[str], *, device: str, latents: Collection[Latent]
+    ) -> None:
         self._reward, self._family, self._prompts, self._device = reward, family, prompts, device
+        self._latents = tuple(latents)
 
     def key(self, request: Request) -> Key:
         """See :class:`~raydmd.serving.engine.Engine`."""
@@ -55,16 +62,16 @@ class RewardEngine(Engine):
 
     def warm_up(self) -> None:
         """See :class:`~raydmd.serving.engine.Engine`."""
-        shape = self._family.shape().latent
+        shape = max(self._latents, key=math.prod)
         # Not row 0: nothing is ever made for the negative prompt, and a reward need not know it.
         self.answer([RewardRequest(x_t=torch.zeros(1, *shape), conditions=(1,), name="warm-up")])
 
     def _check(self, request: Request) -> None:
-        shape, size = self._family.shape().latent, request.x_t.shape[0]
-        if tuple(request.x_t.shape[1:]) != shape or len(request.conditions) != size or size < 1:
+        size = request.x_t.shape[0]
+        if tuple(request.x_t.shape[1:]) not in self._latents or len(request.conditions) != size or size < 1:
             raise InputError(
                 f"request {request.name!r}: latents of shape {tuple(request.x_t.shape)} and {len(request.conditions)} "
-                f"conditions; a reward wants (B, {', '.join(map(str, shape))}) and B conditions"
+                f"conditions; a reward wants B of {' or '.join(map(str, self._latents))} and B conditions"
             )
         wrong = [row for row in request.conditions if not 0 <= row < len(self._prompts)]
         if wrong:
@@ -90,4 +97,5 @@ def load_reward_engine(recipe: recipes.Recipe, prompts: Sequence[str], device: s
         raise InputError("method.adapt is not set, so no reward is asked for")
     reward = build(adapt.rewards, judge=locate(recipe.model).reward, device=device)
     rows = [recipe.model.negative_prompt, *prompts]
-    return RewardEngine(reward, load_family(recipe.model), rows, device=device)
+    family = load_family(recipe.model)
+    return RewardEngine(reward, family, rows, device=device, latents=training_latents(family, recipe.data))

@@ -68,7 +68,7 @@ class Actors:
         teacher: frozen, here or elsewhere.
         rewards: reward models, where the method adapts to them.
         stream: makes batches by position.
-        latent: shape of one latent.
+        latent: shape of one latent of the model's own size; an update's are its batch's.
         fake_updates: per student update.
         progress: share of the phase that is done, by cycle.
         agree: see :data:`Agree`.
@@ -111,7 +111,7 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
 
     batch = a.stream.batch(cycle, "student")
-    sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=True)
+    sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=True)
     progress = a.progress(cycle)
     queries, walk = a.method.queries(sample, a.phase, batch.draws, progress), a.method.walk(sample)
     judged = a.rewards.submit(reward_request(sample, batch, f"cycle {cycle} reward")) if a.rewards else None
@@ -200,7 +200,7 @@ def draw(a: Actors, cycle: int, purpose: str) -> Drawn:
     """Make a fake update's sample and have it judged."""
     batch = a.stream.batch(cycle, purpose)
     with torch.no_grad():
-        sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, a.latent, grad=False)
+        sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=False)
     asked = a.rewards if a.method.adapts_fake else None
     judged = asked.submit(reward_request(sample, batch, f"cycle {cycle} {purpose} reward")) if asked else None
     return Drawn(cycle=cycle, purpose=purpose, batch=batch, sample=sample, judged=judged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
+from raydmd.models.sizes import training_latents
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.pool import Pool, Replicas
@@ -62,7 +64,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     family = load_family(recipe.model)
     family.check(recipe.method)
     family.check_roles(recipe.training)
-    family.check_sequence(recipe.placement.sequence)
+    family.check_sequence(recipe.placement.sequence, training_latents(family, recipe.data))
     try:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
@@ -114,10 +116,9 @@ def conduct(
         real = prepare(source, recipe.model, family, cache, print) if source else None
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
+        largest = max(training_latents(family, recipe.data), key=math.prod)
         # A run that was trained but not evaluated goes on from there.
-        checkpoint = trained(folder) or train(
-            recipe, family.shape().latent, conditions, prompts, tracker, max_cycles, real, pairs
-        )
+        checkpoint = trained(folder) or train(recipe, largest, conditions, prompts, tracker, max_cycles, real, pairs)
         figures, artifacts = finish(recipe, checkpoint, prompts, stop, started=start)
         publish(tracker, figures, artifacts)
     except RunStopped:
@@ -158,7 +159,7 @@ def train(
     real: Path | None = None,
     pairs: Path | None = None,
 ) -> Path:
-    """Run the workers to the end; returns the final checkpoint's folder."""
+    """Run the workers to the end; returns the final checkpoint's folder. The teacher warms up on a ``latent``."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
     with contextlib.ExitStack() as stack:
         pool = None

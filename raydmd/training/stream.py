@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from raydmd.draws import Draws, shuffled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from raydmd.models.base import Conditions
+    from raydmd.models.sizes import Latent
 
 
 APART = 1 << 40
@@ -27,11 +30,13 @@ class Batch:
         draws: their random numbers.
         conditions: row in the condition table per sample.
         cond: those rows on the worker's device.
+        latent: shape of one latent of this update's, the same on all ranks.
     """
 
     draws: Draws
     conditions: tuple[int, ...]
     cond: Conditions
+    latent: Latent
 
 
 class Stream:
@@ -43,6 +48,7 @@ class Stream:
 
     Args:
         conditions: the table; row 0 is the negative prompt and is never drawn.
+        latents: shapes of one latent that updates are drawn from, with their weights.
         seed: of the run.
         batch: samples per update, over all ranks.
         slots: names of the updates of a cycle, in their order.
@@ -57,6 +63,7 @@ class Stream:
         self,
         conditions: Conditions,
         *,
+        latents: Mapping[Latent, float],
         seed: int,
         batch: int,
         slots: Sequence[str],
@@ -67,6 +74,7 @@ class Stream:
         device: torch.device,
     ) -> None:
         self._conditions = conditions
+        self._latents = dict(latents)
         self._seed = seed
         self._batch, self._group = batch, group
         self._slots = {name: place for place, name in enumerate(slots)}
@@ -85,7 +93,14 @@ class Stream:
         positions = tuple(start + i for i in self._share)
         rows = tuple(self._prompt(p) for p in positions)
         draws = Draws(self._seed, f"{cycle}/{slot}", positions, self._device)
-        return Batch(draws=draws, conditions=rows, cond=self._conditions.rows(rows).to(self._device))
+        cond = self._conditions.rows(rows).to(self._device)
+        return Batch(draws=draws, conditions=rows, cond=cond, latent=self._latent(draws))
+
+    def _latent(self, draws: Draws) -> Latent:
+        """The shape of an update's latents: of its cycle and slot alone, so of no rank, world or past."""
+        shapes, ends = tuple(self._latents), tuple(accumulate(self._latents.values()))
+        place = bisect_right(ends, draws.shared("size") * ends[-1])
+        return shapes[min(place, len(shapes) - 1)]  # where a product is rounded up to the end
 
     def _prompt(self, position: int) -> int:
         prompts = len(self._conditions) - 1

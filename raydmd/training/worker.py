@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raydmd.errors import NonFiniteError, RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
+from raydmd.models.sizes import training_latents
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
 from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
@@ -248,6 +249,7 @@ class Worker:
         self.stream, self._warmup_stream = (
             Stream(
                 self._conditions,
+                latents=training_latents(self.family, self.recipe.data),
                 seed=self.recipe.seed + salt + (now.attempt << 32),
                 batch=training.batch,
                 slots=slots,

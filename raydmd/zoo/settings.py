@@ -40,6 +40,7 @@ def on_zoo(paper: Recipe, model: str, *, cycles: int = 200, **changes: Any) -> R
             "name": f"{paper.name}-{model.rpartition('-')[2]}",
             "output": Path("runs"),
             "model": {"path": model, "frames": None, "height": None, "width": None},
+            "data.sizes": (),
             "training": TRAINING | {"cycles": cycles, "batch": 48},
             "placement": Placement(workers=2).model_dump(),
             "evaluation": Evaluation().model_dump(),

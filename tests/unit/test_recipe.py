@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from raydmd.errors import InputError
 from raydmd.recipe import Recipe, combine, derive, known_keys, load, parse_override
@@ -235,3 +236,38 @@ def test_a_rollback_s_checkpoints_are_kept() -> None:
     assert Recipe().checkpoints_kept == 3
     r = combine(Recipe(), overrides=["monitor.action=rollback", "training.checkpoint_every=20"])
     assert r.checkpoints_kept > r.monitor.lookback / 20 + 1
+
+
+WIDE = "{height: 16, width: 32, weight: 2}"
+
+
+def test_sizes_are_read_with_their_weights() -> None:
+    recipe = combine(Recipe(), overrides=[f"data.sizes=[{WIDE}, {{height: 32, width: 16, frames: 5}}]"])
+    assert [(s.height, s.width, s.frames, s.weight) for s in recipe.data.sizes] == [(16, 32, None, 2), (32, 16, 5, 1)]
+    assert yaml.safe_load(recipe.to_yaml())["data"]["sizes"][0] == {
+        "height": 16,
+        "width": 32,
+        "frames": None,
+        "weight": 2.0,
+    }
+    assert derive(recipe, {"data.sizes": ()}) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.sizes=[{height: 16, width: 32, weight: 0}]"], "data.sizes.0.weight: Input should be greater than 0"),
+        (["data.sizes=[{height: 16, width: 32, weight: -1}]"], "data.sizes.0.weight: Input should be greater than 0"),
+        (["data.sizes=[{height: 16, width: 32, share: 1}]"], "data.sizes.0.share: Extra inputs are not permitted"),
+        (["data.sizes=[{height: 16}]"], "data.sizes.0.width: Field required"),
+        (["data.size=[]"], "did you mean 'data.sizes'"),
+        (
+            ["method.name=dmd2", "method.gan={data: real}", f"data.sizes=[{WIDE}]"],
+            "data.sizes does not fit method.gan, whose real samples are of the model's one size",
+        ),
+        (["method.name=dmd", f"data.sizes=[{WIDE}]"], "data.sizes does not fit method.regression, whose noise-image"),
+        (["method.name=amd", f"data.sizes=[{WIDE}]"], "data.sizes does not fit method.adapt.rewards of kind zoo"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(overrides: list[str], says: str) -> None:
+    assert says in refused(*overrides)

@@ -95,6 +95,24 @@ def test_requests_are_batched_answered_in_one_thread_and_counted(tmp_path: Path)
     assert {name.rsplit("_", 1)[0] for name in gated.threads} == {"forward", "MainThread"}
 
 
+def test_requests_of_several_sizes_share_no_forward(tmp_path: Path) -> None:
+    """Ranks of a run ask about updates of one size, but trials that share a pool need not."""
+    replica = make(tmp_path, Gated())
+    wide = ScoreRequest(
+        x_t=torch.ones(2, 5), t=torch.full((2,), 0.5), conditions=(1, 2), guidance=Guidance(3.0), expert="only"
+    )
+
+    async def main() -> None:
+        asked = [ask(1.0), wide, ask(1.0), wide]
+        calls = [replica.score(encode_request(r, f"client {i}")) for i, r in enumerate(asked)]
+        replies = [decode_reply(r) for r in await asyncio.wait_for(asyncio.gather(*calls), 20)]
+        assert [tuple(r.answer.value.shape) for r in replies] == [(2, 3), (2, 5), (2, 3), (2, 5)]
+        assert [r.batch_items for r in replies] == [4] * 4
+        assert (await replica.ping())["batches"] == 2
+
+    asyncio.run(main())
+
+
 def test_only_the_guilty_fail_and_the_replica_goes_on(tmp_path: Path) -> None:
     replica = make(tmp_path, Gated())
 

@@ -33,10 +33,10 @@ def test_rates_rise_stay_and_fall_in_every_phase():
     assert rates[9] == pytest.approx(0.2)
 
 
-def _stream(rank: int, world: int) -> Stream:
+def _stream(rank: int, world: int, *, slots=("student", "fake.0"), latents=None, **more) -> Stream:
     table = Conditions(embeds=torch.arange(6.0).view(6, 1, 1))
-    slots = ("student", "fake.0")
-    return Stream(table, seed=1, batch=4, slots=slots, rank=rank, world=world, device=torch.device("cpu"))
+    given = {"latents": latents or {(2,): 1.0}, "seed": 1, "batch": 4} | more
+    return Stream(table, slots=slots, rank=rank, world=world, device=torch.device("cpu"), **given)
 
 
 def test_any_world_size_sees_the_same_samples():
@@ -48,9 +48,8 @@ def test_any_world_size_sees_the_same_samples():
 
 
 def test_updates_that_a_monitor_adds_move_nobody_elses():
-    table, usual = Conditions(embeds=torch.arange(6.0).view(6, 1, 1)), _stream(0, 1)
     slots = ("student", "fake.0", "fake.1", "fake.2")
-    more = Stream(table, seed=1, batch=4, slots=slots, regular=2, rank=0, world=1, device=torch.device("cpu"))
+    usual, more = _stream(0, 1), _stream(0, 1, slots=slots, regular=2)
     taken = set()
     for cycle in range(3):
         for slot in slots:
@@ -60,6 +59,40 @@ def test_updates_that_a_monitor_adds_move_nobody_elses():
                 assert batch.conditions == usual.batch(cycle, slot).conditions
             assert not taken & set(batch.draws.positions)
             taken |= set(batch.draws.positions)
+
+
+MIX = {(4, 6): 1.0, (6, 4): 3.0, (4, 4): 0.5}
+
+
+def test_sizes_are_drawn_by_weight():
+    stream = _stream(0, 1, latents=MIX)
+    drawn = [stream.batch(cycle, slot).latent for cycle in range(1500) for slot in ("student", "fake.0")]
+    for latent, weight in MIX.items():
+        assert drawn.count(latent) / len(drawn) == pytest.approx(weight / sum(MIX.values()), abs=0.03)
+    assert drawn[::2] != drawn[1::2], "student and fake score would always have the same"
+
+
+def test_a_size_is_its_updates_alone():
+    """Of any rank, world, batch, order of asking, and number of fake updates; another seed draws others."""
+    wanted = [(cycle, slot) for cycle in range(40) for slot in ("student", "fake.0")]
+
+    def drawn(stream: Stream) -> list:
+        found = {key: stream.batch(*key).latent for key in reversed(wanted)}
+        return [found[key] for key in wanted]
+
+    usual = drawn(_stream(0, 1, latents=MIX))
+    for rank in range(4):
+        assert drawn(_stream(rank, 4, latents=MIX, batch=8)) == usual
+    assert drawn(_stream(0, 1, latents=MIX, slots=("student", "fake.0", "fake.1"))) == usual
+    assert drawn(_stream(0, 1, latents=MIX, seed=2)) != usual
+
+
+def test_sizes_move_no_other_draw():
+    one, several = _stream(0, 1), _stream(0, 1, latents=MIX)
+    for cycle in range(5):
+        first, second = one.batch(cycle, "student"), several.batch(cycle, "student")
+        assert first.latent == (2,)
+        assert (first.draws, first.conditions) == (second.draws, second.conditions)
 
 
 def test_every_prompt_comes_once_an_epoch_and_the_negative_never():
