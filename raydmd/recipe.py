@@ -116,6 +116,7 @@ class Placement(Section):
     teacher_cpus: Positive = 0.5
     worker_gpus: NonNegative = 0.0
     teacher_gpus: NonNegative = 0.0
+    """Of each replica. Above 1 its networks are spread over them, block by block, for teachers that fit on no one."""
     rewards: Count = 1
     """Replicas of the reward models, where the method asks them (``method.adapt``)."""
     reward: Literal["remote", "local"] = "remote"
@@ -133,6 +134,10 @@ class Placement(Section):
 
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> Self:
+        for name in ("worker_gpus", "teacher_gpus", "reward_gpus"):
+            given = getattr(self, name)
+            if given > 1 and given != int(given):
+                raise ValueError(f"{name}={given:g}: Ray gives parts of one GPU, or whole ones")
         if self.teacher != "remote":
             idle = {"teachers": 1, "teacher_gpus": 0.0, "teacher_resources": {}}
             for name, unused in idle.items():

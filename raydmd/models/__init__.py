@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raydmd.errors import InputError
-from raydmd.models.base import Experts
+from raydmd.models.base import Experts, move
 from raydmd.models.places import locate, read_index
 
 if TYPE_CHECKING:
@@ -51,17 +51,18 @@ def load_family(settings: Model) -> Family:
     return family(located, index)
 
 
-def load_teacher(family: Family, precision: str, *, device: torch.device) -> Experts:
+def load_teacher(family: Family, precision: str, *, device: torch.device, spread: bool = False) -> Experts:
     """The frozen teacher, in evaluation mode on ``device``.
 
     Args:
         family: its pipeline.
         precision: ``bf16`` stores and runs it in bf16, ``fp32`` in fp32.
         device: where.
+        spread: over all GPUs that this process sees, where there are several.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    modules = {
-        name: family.denoiser(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        for name in family.routing().experts
-    }
+    with family.spread(spread):
+        modules = {name: family.denoiser(name, dtype=dtype) for name in family.routing().experts}
+    for module in modules.values():
+        move(module, device).eval().requires_grad_(False)
     return Experts(modules, family.routing(), family.process, family.prediction, family.rescale)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from abc import ABC, abstractmethod
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from abc import abstractmethod
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +15,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from raydmd.errors import InputError
-from raydmd.models.base import Conditions, Denoiser, Routing, Shape
+from raydmd.models.base import Denoiser, Routing, Shape
+from raydmd.models.encoding import Encoding
 from raydmd.models.fusing import fuse
 from raydmd.models.hollow import hollow
-from raydmd.models.identity import fingerprint
 from raydmd.models.sizes import image_shape
 from raydmd.models.usage import usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from raydmd import recipe as recipes
     from raydmd.models.autoencoder import Autoencoder
@@ -34,13 +31,8 @@ if TYPE_CHECKING:
     from raydmd.process import Prediction, Process
     from raydmd.recipe_method import Method
 
-    Spread = Callable[[Sequence[Sequence[str]], Path], None]
 
-CHUNK = 64
-"""Prompts in one forward of the text encoders."""
-
-
-class Family(ABC):
+class Family(Encoding):
     """One family of pipelines, bound to one folder or hub id. Nothing else knows diffusers.
 
     Args:
@@ -57,8 +49,6 @@ class Family(ABC):
     """Its diffusers pipeline class."""
     network: str = "transformer"
     """What the pipeline calls its denoiser."""
-    text_parts: tuple[str, ...]
-    """The pipeline's parts that make conditions of prompts, where it has them."""
     process: Process
     prediction: Prediction
     autoencoder: Autoencoder
@@ -66,8 +56,6 @@ class Family(ABC):
     """Its network can be given adapters."""
     pictures: bool = False
     """Its prompts have pictures."""
-    part: int = 4096
-    """Prompts in one part of a table: what is encoded, and kept, at once."""
     asked: str = '"your prompt"'
     """What a model card's code asks the stock pipeline for."""
     rescale: Rescale | None = None
@@ -79,7 +67,7 @@ class Family(ABC):
         self.path = settings.path
         self._settings = settings
         self._index = index
-        self._without_weights = False
+        self._without_weights, self._placed = False, dict[str, str]()
         networks = [name for name in index if name.startswith(self.network) and self._has(name)]
         if wrong := sorted(settings.lora.keys() - set(networks)):
             raise InputError(
@@ -100,23 +88,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def _encode(self, texts: Sequence[str], length: int) -> Conditions:
-        """Run the text encoders, fp32; called under ``no_grad``. The first text is the negative prompt."""
-
-    @abstractmethod
-    def text_length(self) -> int:
-        """Tokens a prompt is padded to, or cut at."""
-
-    @abstractmethod
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
         """The stock scheduler that walks a student's times exactly.
 
         ``stochastic`` sets one that puts fresh noise on each predicted x0.
         """
-
-    @abstractmethod
-    def _text_pipeline(self) -> Any:
-        """The stock pipeline with its text parts alone, so that prompts are cut and padded as it does."""
 
     def routing(self) -> Routing:
         """The teacher's experts."""
@@ -152,46 +128,6 @@ class Family(ABC):
         """
         del method  # of a flow model every grid has a stock scheduler
 
-    def encode(self, prompts: Sequence[str], cache: Path, *, spread: Spread | None = None) -> Path:
-        """Encode prompts (with the negative prompt as row 0) once; cached by content, and resumable by parts.
-
-        Args:
-            prompts: at least one.
-            cache: folder of such files.
-            spread: does :meth:`encode_part` in a folder for missing parts, in any order or place; default: here.
-
-        Returns:
-            The file, of ``1 + len(prompts)`` rows, for :meth:`~raydmd.models.base.Conditions.read`.
-
-        Raises:
-            InputError: if parts were made elsewhere, but are not here.
-        """
-        file = self._encoded(prompts, cache)
-        if file.is_file():
-            return file
-        parts = [list(prompts[i : i + self.part]) for i in range(0, len(prompts), self.part)]
-        # A folder of this table alone: another's parts may hold the same prompts.
-        folder = file.with_suffix(".parts") if len(parts) > 1 else cache
-        missing = [part for part in parts if not self._encoded(part, folder).is_file()]
-        (spread or self._here)(missing, folder)
-        if file.is_file():  # of one part, or another run with the same prompts was faster
-            return file
-        files = [self._encoded(part, folder) for part in parts]
-        if lost := sum(not part.is_file() for part in files):
-            raise InputError(
-                f"{lost} of {len(parts)} parts of encoded prompts are not in {folder}: do all nodes share it?"
-            )
-        _write(Conditions.table([Conditions.read(part) for part in files]), file)
-        for part in files:
-            part.unlink(missing_ok=True)
-        with suppress(OSError):  # another run is at it
-            folder.rmdir()
-        return file
-
-    def _here(self, parts: Sequence[Sequence[str]], folder: Path) -> None:
-        for part in parts:
-            self.encode_part(part, folder)
-
     @contextmanager
     def without_weights(self, yes: bool = True) -> Iterator[None]:
         """Networks loaded meanwhile are as they would be but for their parameters, which are on the meta device."""
@@ -200,6 +136,15 @@ class Family(ABC):
             yield
         finally:
             self._without_weights = before
+
+    @contextmanager
+    def spread(self, yes: bool = True) -> Iterator[None]:
+        """Networks loaded meanwhile lie on all GPUs that this process sees, some blocks of each on each."""
+        before, self._placed = self._placed, {"device_map": "balanced"} if yes else {}
+        try:
+            yield
+        finally:
+            self._placed = before
 
     def notes(self, method: Method) -> list[str]:
         """What is no fault, but should be known before a run."""
@@ -254,37 +199,6 @@ class Family(ABC):
                 return
             why = f"{' and '.join(odd)} do not divide by it"
         raise InputError(f"placement.sequence={size} does not fit {self.path!r}: {why}")
-
-    @torch.no_grad()
-    def encode_part(self, prompts: Sequence[str], folder: Path) -> None:
-        """Encode prompts at once, unless they are; see :meth:`encode`."""
-        file = self._encoded(prompts, folder)
-        if not file.is_file():
-            found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
-            _write(found.to(torch.device("cpu")), file)
-
-    def _encoded(self, prompts: Sequence[str], folder: Path) -> Path:
-        texts = [self._settings.negative_prompt, *prompts]
-        key = json.dumps([self._read_by, self.text_length(), texts, *self._seen(prompts)]).encode()
-        return folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
-
-    @cached_property
-    def _read_by(self) -> list[Any]:
-        """What beside the prompts a table depends on."""
-        return [self.pipeline.__name__, fingerprint(self._settings, self.conditioning())]
-
-    def _seen(self, prompts: Sequence[str]) -> list[str]:
-        """What beside their texts a table depends on of the prompts."""
-        del prompts
-        return []
-
-    def _encoders(self) -> Any:
-        """The stock pipeline's text parts, on a GPU where there is one."""
-        return self._text_pipeline().to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def conditioning(self) -> tuple[str, ...]:
-        """Those :attr:`text_parts` that this pipeline has."""
-        return tuple(part for part in self.text_parts if self._has(part))
 
     def fresh(self, generator: torch.Generator) -> Tensor:
         """Noise ``(1, *latent)`` as the stock scheduler draws it between steps."""
@@ -403,7 +317,8 @@ class Family(ABC):
             return None
         if self._without_weights:
             return hollow(kind, self._config(kind, part), dtype)
-        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+        placed = self._placed if part.startswith(self.network) else {}
+        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision, **placed)
         if part in self._settings.lora:
             fuse(self.pipeline, loaded, Path(self._settings.lora[part]), prefix=self.network)
         return loaded
@@ -429,16 +344,3 @@ class Family(ABC):
         missing = [part for part in parts if not self._has(part)]
         if missing:
             raise InputError(f"model {self.path!r} has no {', '.join(missing)}; a whole pipeline is needed")
-
-
-def _write(conditions: Conditions, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    conditions.save(partial)
-    partial.replace(file)
-
-
-def chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, as many at once as the text encoders take."""
-    for i in range(0, len(texts), CHUNK):
-        yield list(texts[i : i + CHUNK])

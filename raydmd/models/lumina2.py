@@ -17,7 +17,8 @@ from transformers import AutoModel
 from raydmd.errors import InputError
 from raydmd.models.autoencoder import ImageAutoencoder
 from raydmd.models.base import Conditions, Denoiser
-from raydmd.models.family import Family, chunks
+from raydmd.models.encoding import chunks
+from raydmd.models.family import Family
 from raydmd.models.schedulers import given_flow_scheduler
 from raydmd.process import RectifiedFlow
 

@@ -24,7 +24,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from raydmd.errors import InputError
 from raydmd.models.autoencoder import VideoAutoencoder
 from raydmd.models.base import Conditions, Denoiser
-from raydmd.models.family import Family, chunks
+from raydmd.models.encoding import chunks
+from raydmd.models.family import Family
 from raydmd.models.packing import CELL, drawn_packed, pack, unpack
 from raydmd.models.schedulers import given_flow_scheduler
 from raydmd.process import RectifiedFlow

@@ -18,7 +18,8 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from raydmd.errors import InputError
 from raydmd.models.autoencoder import ImageAutoencoder
 from raydmd.models.base import Conditions, Denoiser
-from raydmd.models.family import Family, chunks
+from raydmd.models.encoding import chunks
+from raydmd.models.family import Family
 from raydmd.models.schedulers import FLOW_STEPS, own_flow_scheduler
 from raydmd.process import RectifiedFlow
 

@@ -17,7 +17,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from raydmd.errors import InputError
 from raydmd.models.autoencoder import ImageAutoencoder
 from raydmd.models.base import Conditions, Denoiser
-from raydmd.models.family import Family, chunks
+from raydmd.models.encoding import chunks
+from raydmd.models.family import Family
 from raydmd.models.schedulers import check_table, table_process, table_scheduler
 
 if TYPE_CHECKING:

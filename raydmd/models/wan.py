@@ -18,7 +18,8 @@ from transformers import UMT5EncoderModel
 from raydmd.errors import InputError
 from raydmd.models.autoencoder import VideoAutoencoder
 from raydmd.models.base import Conditions, Denoiser, Routing, Shape
-from raydmd.models.family import Family, chunks
+from raydmd.models.encoding import chunks
+from raydmd.models.family import Family
 from raydmd.models.schedulers import FLOW_STEPS, own_flow_scheduler
 from raydmd.process import RectifiedFlow
 

@@ -10,7 +10,7 @@ import torch
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.guidance import Guidance
-from raydmd.models.base import Conditions
+from raydmd.models.base import Conditions, move
 from raydmd.serving.batcher import Key
 from raydmd.serving.client import ReplicaFailed
 from raydmd.serving.messages import Request, ScoreRequest, WalkRequest
@@ -111,7 +111,7 @@ def load_teacher_engine(
     """
     experts = build()
     for module in experts.modules.values():
-        module.to(device).eval().requires_grad_(False)
+        move(module, device).eval().requires_grad_(False)
     return TeacherEngine(experts, Conditions.read(Path(conditions_file)), sample_shape=sample_shape)
 
 

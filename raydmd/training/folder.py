@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from raydmd.errors import InputError
+from raydmd.recipe import Recipe
 from raydmd.training.events import read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from raydmd.recipe import Recipe
 
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
@@ -70,6 +69,8 @@ def same_run(recipe: Recipe, folder: Path) -> None:
     if not file.is_file():
         return
     before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError):  # keys that came after it was started have their defaults
+        before = Recipe.model_validate(before).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
     differs = [k for k in _leaves(now) | _leaves(before) if _get(now, k) != _get(before, k) and not _free(k)]
     if differs:

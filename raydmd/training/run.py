@@ -309,7 +309,8 @@ def reward_replicas(recipe: Recipe) -> Replicas:
 def build_teacher(recipe: Recipe) -> Experts:
     """Load the frozen teacher; runs in a replica."""
     family = load_family(recipe.model)
-    return load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
+    several = recipe.placement.teacher_gpus > 1
+    return load_teacher(family, recipe.training.precision, device=torch.device("cpu"), spread=several)
 
 
 def versions() -> dict[str, str]:

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raydmd.errors import NonFiniteError, RunFailed
+from raydmd.errors import RunFailed
 from raydmd.methods.presets import build_method, source_expert, student_routing
 from raydmd.models.sizes import training_latents
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
 from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
 from raydmd.training.plan import CyclePlan
+from raydmd.training.ranks import Ranks
 from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
 from raydmd.training.watch import Watch
@@ -85,6 +86,7 @@ class Worker:
     ) -> None:
         self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
         self.teacher, self.rewards = teacher, rewards
+        self._ranks = Ranks(session)
         self._stop_at, self._stop_file = job.stop_at, job.stop_file
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
@@ -341,20 +343,12 @@ class Worker:
             fake_updates=self.watch.measures.fake_updates,
             reference=self.watch.monitor.reference,
             progress=self.plan.progress,
-            agree=self._agree,
-            mean=self._mean,
+            agree=self._ranks.agree,
+            mean=self._ranks.mean,
             adversary=build_adversary(self.recipe.method.gan, self.fake, self.family.process, self._real),
             pairs=self._pairs,
             distance=self._pairing.distance if self._pairing else None,
         )
-
-    def _mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over all ranks."""
-        if self.session.world == 1:
-            return value
-        summed = value.clone()
-        dist.all_reduce(summed)
-        return summed / self.session.world
 
     def _warm_up(self, actors: Actors) -> None:
         warm = replace(actors, stream=self._warmup_stream, progress=lambda _: 0.0)
@@ -381,29 +375,6 @@ class Worker:
 
     def _stopping(self) -> bool:
         """Whether all ranks stop after this cycle; rank 0 decides."""
-        asked = self._stop_file is not None and self.session.rank == 0 and self._stop_file.exists()
-        if self.session.world > 1:
-            flag = torch.tensor(int(asked), device=self.session.device)
-            dist.broadcast(flag, src=0)
-            asked = bool(flag)
+        asked = self._ranks.asked(self._stop_file is not None and self.session.rank == 0 and self._stop_file.exists())
         limit = self._stop_at is not None and self.cycle >= self._stop_at
         return (asked or limit or self._alarm is not None) and self.cycle < self.plan.cycles
-
-    def _agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank has an error: one that raised alone would leave the others waiting."""
-        if self.session.world == 1:
-            if error is not None:
-                raise error
-            return
-        flag = torch.tensor(int(error is not None), device=self.session.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if not flag:
-            return
-        mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
-        everyone: list[tuple[bool, str, str] | None] = [None] * self.session.world
-        dist.all_gather_object(everyone, mine)
-        text = "; ".join(f"rank {r}: {e[1]}: {e[2]}" for r, e in enumerate(everyone) if e)
-        if all(e[0] for e in everyone if e):
-            raise error or RunFailed(text)
-        # Somebody's error may pass: every rank leaves the same way, and Ray Train restarts them all.
-        raise RuntimeError(text) from error

@@ -171,6 +171,7 @@ def test_aliases_lead_to_keys() -> None:
         (["name=a/b"], "name: "),
         (["placement.teacher=local", "placement.teachers=2"], "teachers=2 does nothing with"),
         (["placement.teacher=local", "placement.teacher_gpus=1"], "teacher_gpus=1.0 does nothing"),
+        (["placement.teacher_gpus=1.5"], "teacher_gpus=1.5: Ray gives parts of one GPU, or whole ones"),
         (["method.normaliser=none", "method.normaliser_floor=0.1"], "does nothing with"),
         (["training.student.lora.targets=[]"], "at least 1"),
         (["monitor.action=restart"], "'warn', 'stop', 'rollback', 'raise_ratio' or 'cut_rate'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
 from raydmd.errors import InputError
 from raydmd.models.base import Conditions
@@ -147,6 +148,12 @@ def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_pat
     same_run(recipe, recipe.folder)
     (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml())
     same_run(derive(recipe, {"placement.workers": 2, "training.checkpoint_every": 7}), recipe.folder)
+    older = yaml.safe_load(recipe.to_yaml())
+    del older["data"]["sizes"], older["model"]["lora"]  # keys that came after it was started
+    (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(older))
+    same_run(recipe, recipe.folder)
+    with pytest.raises(InputError, match=r"data\.sizes"):
+        same_run(derive(recipe, {"data.sizes": [{"height": 64, "width": 32}]}), recipe.folder)
     same_run(derive(recipe, {"monitor.action": "stop"}), recipe.folder)
     with pytest.raises(InputError, match=r"method.guidance: was 4.0, now 3.0"):
         same_run(derive(recipe, {"method.guidance": 3.0}), recipe.folder)
