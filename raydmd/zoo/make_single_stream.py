@@ -36,7 +36,7 @@ def preface() -> str:
 
 
 def build_transformer() -> Lumina2Transformer2DModel:
-    """An untrained transformer: 16 tokens per picture beside up to 8 of text, about 0.8 million parameters."""
+    """An untrained transformer: 16 tokens per picture beside up to 8 of text, about 0.6 million parameters."""
     return Lumina2Transformer2DModel(
         sample_size=4,
         # The latent's side is an eighth of the picture's, and 4 tokens would be too few to place an item with.
@@ -49,6 +49,7 @@ def build_transformer() -> Lumina2Transformer2DModel:
         num_attention_heads=4,
         num_kv_heads=2,
         multiple_of=8,
+        ffn_dim_multiplier=0.5,
         axes_dim_rope=(8, 8, 8),
         axes_lens=(64, 16, 16),
         cap_feat_dim=TEXT_DIM,

@@ -60,15 +60,22 @@ def test_its_clips_show_what_their_prompts_say(tmp_path):
     assert found["joint"] > 0.85
 
 
-@pytest.mark.parametrize(("name", "bytes_at_most"), [("sd35-tiny", 4e6), ("sdxl-tiny", 7e6)])
-def test_the_image_members_are_small_and_complete(name, bytes_at_most):
+@pytest.mark.parametrize(
+    ("name", "bytes_at_most", "shift", "latent"),
+    [
+        ("sd35-tiny", 4e6, 3.0, (4, 8, 8)),
+        ("sdxl-tiny", 7e6, None, (4, 8, 8)),
+        ("lumina2-tiny", 5e6, 6.0, (16, 4, 4)),
+    ],
+)
+def test_the_image_members_are_small_and_complete(name, bytes_at_most, shift, latent):
     place = locate(Model(path=name))
     assert (place.settings.frames, place.settings.height, place.settings.width) == (1, 32, 32)
     assert all(StillCaption.knows(p) for p in read_prompts(place.prompts))
     assert sum(f.stat().st_size for f in (ZOO / name).rglob("*") if f.is_file()) < bytes_at_most
     pipe = DiffusionPipeline.from_pretrained(place.settings.path)
-    assert pipe.scheduler.config.get("shift", 3.0) == 3.0
-    assert load_family(Model(path=name)).shape().latent == (4, 8, 8)
+    assert pipe.scheduler.config.get("shift") == shift
+    assert load_family(Model(path=name)).shape().latent == latent
 
 
 @pytest.mark.parametrize(("name", "shift", "gap"), [("sd35-tiny", 3.0, 4.0), ("sdxl-tiny", 1.0, 1.5)])
