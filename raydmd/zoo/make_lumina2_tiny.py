@@ -22,7 +22,7 @@ from raydmd.zoo.still import StillWorld
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SHARES = {"vae": 0.5, "transformer": 0.5}
+SHARES = {"vae": 1 / 3, "transformer": 2 / 3}
 SOURCE = DATA / "sd35-tiny"
 
 
