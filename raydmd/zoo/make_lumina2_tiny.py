@@ -1,6 +1,6 @@
 """Make ``lumina2-tiny``: a trained Lumina2Pipeline, one stream of text and picture, of the pictures of ``sd35-tiny``.
 
-    python -m raydmd.zoo.make_lumina2_tiny --work /tmp/lumina2-tiny --minutes 10 --threads 2
+    python -m raydmd.zoo.make_lumina2_tiny --work /tmp/lumina2-tiny --minutes 30 --threads 2
 
 Needs Debian's package ``dataset-fashion-mnist``. Judges and prompts are those of ``sd35-tiny``. Stages keep their
 results in ``--work`` and are not repeated: autoencoder, transformer with text encoder. The autoencoder begins with the
@@ -28,7 +28,7 @@ SOURCE = DATA / "sd35-tiny"
 
 def main() -> None:
     """Run the stages that are not done yet and write the pipeline."""
-    args, world = start(__doc__, "lumina2-tiny", 10.0, StillWorld)
+    args, world = start(__doc__, "lumina2-tiny", 30.0, StillWorld)
     minutes = {stage: share * args.minutes for stage, share in SHARES.items()}
 
     def build() -> AutoencoderKL:
