@@ -1,7 +1,7 @@
 """Decoupled DMD of Lumina-Image 2.0, text to image, four steps (arXiv:2511.22677).
 
-Without arguments: a Lumina-Image 2.0 pipeline with random weights on a local Ray, in minutes. With --model and
---prompts: real weights with the paper's settings. The paper gives no rates, batch or guidance for it: those here are
+Without arguments: the zoo's lumina2-tiny on a local Ray, in minutes. With --model and --prompts: real weights with the
+paper's settings. The paper gives no rates, batch or guidance for it: those here are
 DMD2's for SDXL, and the pipeline's own guidance.
 """
 
@@ -30,7 +30,7 @@ PAPER = Recipe(
     placement=Placement(workers=64, teachers=8, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1),
 )
 
-ZOO = on_zoo(PAPER, "lumina2-untrained")
+ZOO = on_zoo(PAPER, "lumina2-tiny")
 
 if __name__ == "__main__":
     experiment(zoo=ZOO, paper=PAPER, doc=__doc__)

@@ -7,12 +7,17 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from raydmd.process import shift
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PEAK_RATE = 1.5e-3
+DROP = 0.1
+"""Share of the samples that are trained on the empty prompt."""
 
 
 def fit(parts: nn.ModuleDict, loss: Callable[[int], tuple[str, Tensor]], *, minutes: float) -> nn.ModuleDict:
@@ -47,6 +52,41 @@ def fit(parts: nn.ModuleDict, loss: Callable[[int], tuple[str, Tensor]], *, minu
         step += 1
     print(f"done after {step} steps: {_line(seen)}", flush=True)
     return average
+
+
+def fit_flow(
+    parts: nn.ModuleDict,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    latents: Tensor,
+    *,
+    stretch: float,
+    minutes: float,
+    batch: int = 64,
+) -> nn.ModuleDict:
+    """Flow matching of latents with prompts, network and text encoders together.
+
+    Args:
+        parts: what is trained, in place.
+        predict: velocity towards noise, of noisy latents, their times in [0, 1] and rows of prompts ``(B,)``; row
+            ``len(latents)`` is the empty prompt.
+        latents: normalised, ``(N, *latent)``.
+        stretch: the times' shift.
+        minutes: wall time to spend.
+        batch: samples per update.
+
+    Returns:
+        The parts' moving average, without gradient.
+    """
+
+    def loss(_: int) -> tuple[str, Tensor]:
+        rows = torch.randint(len(latents), (batch,))
+        prompt = torch.where(torch.rand(batch) < DROP, len(latents), rows)
+        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
+        t = shift(torch.rand(batch), stretch)
+        x_t = torch.lerp(x0, noise, t.view(-1, *[1] * (latents.ndim - 1)))
+        return "flow", F.mse_loss(predict(x_t, t, prompt), noise - x0)
+
+    return fit(parts, loss, minutes=minutes)
 
 
 def _line(seen: dict[str, float]) -> str:

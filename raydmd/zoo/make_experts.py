@@ -10,19 +10,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from raydmd.process import shift
-from raydmd.zoo.fit import fit
+from raydmd.zoo.fit import DROP, fit
 from raydmd.zoo.world import Caption, MovingCaption
 
-BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM, DROP = 0.875, 5.0, 8, 48, 0.1
+BOUNDARY, SHIFT, TEXT_LENGTH, TEXT_DIM = 0.875, 5.0, 8, 48
 
 
-def build_tokenizer(language: type[Caption] = MovingCaption) -> PreTrainedTokenizerFast:
-    """One token per word of a world's captions, and one that ends a prompt."""
+def build_tokenizer(language: type[Caption] = MovingCaption, *, preface: str = "") -> PreTrainedTokenizerFast:
+    """One token per word of a world's captions, and one that ends a prompt.
+
+    Args:
+        language: the captions of the world.
+        preface: what a pipeline puts before every prompt; one token too, however long.
+    """
     words = sorted({w for c in language.every() for w in c.text.split()})
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    if preface:
+        tokenizer.add_special_tokens([preface])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -10,9 +10,8 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from raydmd.process import shift
-from raydmd.zoo.fit import fit
-from raydmd.zoo.make_experts import DROP, TEXT_DIM, TEXT_LENGTH, build_tokenizer
+from raydmd.zoo.fit import fit_flow
+from raydmd.zoo.make_experts import TEXT_DIM, TEXT_LENGTH, build_tokenizer
 from raydmd.zoo.still import StillCaption
 
 SHIFT = 3.0
@@ -101,7 +100,7 @@ def encode_text(parts: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
     return embeds, torch.cat([c.text_embeds for c in clips], -1)
 
 
-def train_mmdit(latents: Tensor, prompts: list[str], *, minutes: float, seed: int, batch: int = 64) -> TextToImage:
+def train_mmdit(latents: Tensor, prompts: list[str], *, minutes: float, seed: int) -> TextToImage:
     """Flow matching on normalised latents, transformer and text encoders together.
 
     Args:
@@ -109,7 +108,6 @@ def train_mmdit(latents: Tensor, prompts: list[str], *, minutes: float, seed: in
         prompts: a caption per latent.
         minutes: wall time to spend.
         seed: of initialisation, batches and noise.
-        batch: samples per update.
 
     Returns:
         The networks' moving averages, and the tokenizer.
@@ -122,26 +120,16 @@ def train_mmdit(latents: Tensor, prompts: list[str], *, minutes: float, seed: in
         {"transformer": build_transformer(), "clip": clips[0], "clip_2": clips[1], "t5": build_t5(len(tokenizer))}
     )
 
-    def loss(_: int) -> tuple[str, Tensor]:
-        rows = torch.randint(len(latents), (batch,))
-        prompt = torch.where(torch.rand(batch) < DROP, len(prompts), rows)
-        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
-        t = shift(torch.rand(batch), SHIFT)
-        embeds, pooled = encode_text(parts, ids[prompt])
-        out = parts["transformer"](
-            hidden_states=torch.lerp(x0, noise, t.view(-1, 1, 1, 1)),
+    def predict(x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        embeds, pooled = encode_text(parts, ids[rows])
+        velocity: Tensor = parts["transformer"](
+            hidden_states=x_t,
             timestep=t * 1000,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        return "flow", F.mse_loss(out, noise - x0)
+        return velocity
 
-    average = fit(parts, loss, minutes=minutes)
-    return TextToImage(
-        transformer=average["transformer"],
-        clip=average["clip"],
-        clip_2=average["clip_2"],
-        t5=average["t5"],
-        tokenizer=tokenizer,
-    )
+    average = fit_flow(parts, predict, latents, stretch=SHIFT, minutes=minutes)
+    return TextToImage(**dict(average.items()), tokenizer=tokenizer)

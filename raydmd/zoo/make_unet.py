@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from raydmd.process import VariancePreserving
-from raydmd.zoo.fit import fit
-from raydmd.zoo.make_experts import DROP, TEXT_LENGTH, build_tokenizer
+from raydmd.zoo.fit import DROP, fit
+from raydmd.zoo.make_experts import TEXT_LENGTH, build_tokenizer
 from raydmd.zoo.still import StillCaption
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ clips span +-0.8 because decode clamps at +-1, and the mode plus a little noise 
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -50,14 +51,20 @@ def build_vae() -> AutoencoderKLWan:
     return vae
 
 
-def build_image_vae() -> AutoencoderKL:
-    """An untrained AutoencoderKL: 32x32 pixels to latents of 4x8x8."""
+def build_image_vae(channels: tuple[int, ...] = (16, 32, 64), latents: int = 4) -> AutoencoderKL:
+    """An untrained AutoencoderKL, by default from 32x32 pixels to latents of 4x8x8.
+
+    Args:
+        channels: of each level; every level but the last halves a side.
+        latents: channels of a latent.
+    """
+    levels = len(channels)
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latents,
         norm_num_groups=8,
         sample_size=32,
         # As SD3's own has it.
@@ -65,6 +72,25 @@ def build_image_vae() -> AutoencoderKL:
         use_post_quant_conv=False,
     )
     return vae.to(memory_format=torch.channels_last)
+
+
+def build_deeper_vae(shallow: AutoencoderKL) -> AutoencoderKL:
+    """An AutoencoderKL from 32x32 pixels to latents of 16x4x4: as many numbers, on half the side.
+
+    It begins with what fits of a trained one of a level less: the levels at the pixels' end, which cost most to train.
+
+    Args:
+        shallow: as :func:`build_image_vae` makes it by default.
+    """
+    vae = build_image_vae((16, 32, 64, 64), 16)
+    own, taken = vae.state_dict(), dict[str, Tensor]()
+    for name, weight in shallow.state_dict().items():
+        # A decoder's levels are counted from its latent.
+        moved = re.sub(r"(?<=decoder\.up_blocks\.)\d", lambda level: str(int(level[0]) + 1), name)
+        if moved in own and own[moved].shape == weight.shape:
+            taken[moved] = weight
+    vae.load_state_dict(own | taken)
+    return vae
 
 
 def train_vae(

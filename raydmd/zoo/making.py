@@ -6,19 +6,25 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from raydmd.zoo.judge import AttributeJudge, Body, train_judge
-from raydmd.zoo.make_vae import LATENT_NOISE, encode_clips
+from raydmd.zoo.make_vae import LATENT_NOISE, encode_clips, fix_latent_statistics, train_vae
 from raydmd.zoo.world import SIZE, Items
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline
+    from collections.abc import Callable
+
+    from diffusers import AutoencoderKLWan, DiffusionPipeline
 
 DATA = Path(__file__).parent / "data"
+PICTURES = 32_768
+"""That a pipeline of pictures is trained on."""
+Parts = TypeVar("Parts")
 
 
 def start(doc: str | None, name: str, minutes: float, world: type[Items]) -> tuple[argparse.Namespace, Items]:
@@ -59,6 +65,52 @@ def encoded(work: Path, vae: AutoencoderKLWan | AutoencoderKL, world: Items, *, 
     return latents, prompts
 
 
+def autoencoder(work: Path, build: Callable[[], AutoencoderKL], world: Items, *, minutes: float) -> AutoencoderKL:
+    """An autoencoder of pictures, trained in one stage.
+
+    Args:
+        work: folder for the stages' results.
+        build: what is trained.
+        world: of pictures.
+        minutes: wall time to spend.
+
+    Returns:
+        It with its latents' statistics, in evaluation mode.
+    """
+    done = work / "vae"
+    if not done.is_dir():
+        vae = build()
+        print(f"vae: {train_vae(vae, world, minutes=minutes, seed=0, batch=16):.2f} dB")
+        fix_latent_statistics(vae, world, seed=5)
+        vae.save_pretrained(done)
+    return read_autoencoder(done)
+
+
+def read_autoencoder(folder: Path) -> AutoencoderKL:
+    """A trained autoencoder of pictures, fp32, in evaluation mode."""
+    return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
+
+
+def encoded_pictures(work: Path, vae: AutoencoderKL, world: Items) -> tuple[Tensor, list[str]]:
+    """Normalised latents of :data:`PICTURES` rendered pictures, and their captions."""
+    latents, prompts = encoded(work, vae, world, count=PICTURES)
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor, prompts
+
+
+def kept(folder: Path, kind: type[Parts], make: Callable[[], Parts]) -> Parts:
+    """A pipeline's trained parts, made unless they are in their folder, and read from there.
+
+    Args:
+        folder: with a folder for each part.
+        kind: a dataclass whose fields are the parts, of classes that read and write folders.
+        make: trains them.
+    """
+    if not folder.is_dir():
+        for name, part in vars(make()).items():
+            part.save_pretrained(folder / name)
+    return kind(**{name: part.from_pretrained(folder / name) for name, part in get_type_hints(kind).items()})
+
+
 JUDGES: dict[str, Body] = {"judge": "conv", "reward": "attention"}
 """One for evaluation, one to be rewarded by, another kind of network from another seed: no student is measured by what
 it was trained on."""
@@ -72,6 +124,11 @@ def attribute_judges(
         name: _attribute_judge(work / f"{name}.safetensors", vae, world, body, minutes=minutes / len(JUDGES), seed=i)
         for i, (name, body) in enumerate(JUDGES.items())
     }
+
+
+def read_judges(folder: Path) -> dict[str, AttributeJudge]:
+    """Both judges of another member of the zoo that shows the same world."""
+    return {name: AttributeJudge.load(folder / f"{name}.safetensors") for name in JUDGES}
 
 
 def _attribute_judge(

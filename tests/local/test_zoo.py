@@ -60,19 +60,35 @@ def test_its_clips_show_what_their_prompts_say(tmp_path):
     assert found["joint"] > 0.85
 
 
-@pytest.mark.parametrize(("name", "bytes_at_most"), [("sd35-tiny", 4e6), ("sdxl-tiny", 7e6)])
-def test_the_image_members_are_small_and_complete(name, bytes_at_most):
+@pytest.mark.parametrize(
+    ("name", "bytes_at_most", "shift", "latent"),
+    [
+        ("sd35-tiny", 4e6, 3.0, (4, 8, 8)),
+        ("sdxl-tiny", 7e6, None, (4, 8, 8)),
+        ("lumina2-tiny", 5e6, 6.0, (16, 4, 4)),
+    ],
+)
+def test_the_image_members_are_small_and_complete(name, bytes_at_most, shift, latent):
     place = locate(Model(path=name))
     assert (place.settings.frames, place.settings.height, place.settings.width) == (1, 32, 32)
     assert all(StillCaption.knows(p) for p in read_prompts(place.prompts))
     assert sum(f.stat().st_size for f in (ZOO / name).rglob("*") if f.is_file()) < bytes_at_most
     pipe = DiffusionPipeline.from_pretrained(place.settings.path)
-    assert pipe.scheduler.config.get("shift", 3.0) == 3.0
-    assert load_family(Model(path=name)).shape().latent == (4, 8, 8)
+    assert pipe.scheduler.config.get("shift") == shift
+    assert load_family(Model(path=name)).shape().latent == latent
 
 
-@pytest.mark.parametrize(("name", "shift", "gap"), [("sd35-tiny", 3.0, 4.0), ("sdxl-tiny", 1.0, 1.5)])
-def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_path, name, shift, gap):
+@pytest.mark.parametrize(
+    ("name", "shift", "guidance", "item", "joint", "gap"),
+    [
+        ("sd35-tiny", 3.0, 3.5, 0.7, 0.75, 4.0),
+        ("sdxl-tiny", 1.0, 3.5, 0.7, 0.75, 1.5),
+        ("lumina2-tiny", 6.0, 4.0, 0.6, 0.65, 2.0),
+    ],
+)
+def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(
+    tmp_path, name, shift, guidance, item, joint, gap
+):
     """Forty guided steps against four without guidance, which is what a student has."""
     torch.set_num_threads(2)
     family = load_family(Model(path=name))
@@ -87,17 +103,18 @@ def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(tmp_pat
         latents = sample(teacher, noise, cond, uncond, grid=step_grid(steps, shift), guidance=Guidance(scale))
         return family.decode(latents)
 
-    # Bars well under what 128 pictures of sd35-tiny gave: .83, 1.0, 1.0, 1.0 and .87; of sdxl-tiny jointly .98.
-    whole = pictures(40, 3.5)
+    # Bars well under what 128 pictures of sd35-tiny gave: .83, 1.0, 1.0, 1.0 and .87; of sdxl-tiny jointly .98;
+    # lumina2-tiny confuses items more often: .73, .99, 1.0, .97 and .77.
+    whole = pictures(40, guidance)
     found = attribute_accuracy(prompts, judge.predict(whole), judge.language)
-    assert found["item"] > 0.7  # eight items: chance 0.125
+    assert found["item"] > item  # eight items: chance 0.125
     assert found["colour"] > 0.93  # four: 0.25
     assert found["place"] > 0.95  # four: 0.25
     assert found["size"] > 0.93  # two: 0.5
-    assert found["joint"] > 0.75
-    reference = judge.features(pictures(40, 3.5, seed=6))
+    assert found["joint"] > joint
+    reference = judge.features(pictures(40, guidance, seed=6))
     apart, few = (frechet(reference, judge.features(x)) for x in (whole, pictures(4, 1.0)))
-    assert few > gap * apart  # 71 and 13, 64 and 27
+    assert few > gap * apart  # 71 and 13, 64 and 27, 58 and 16
 
 
 def test_the_data_set_is_asked_for_clearly_when_absent(tmp_path):

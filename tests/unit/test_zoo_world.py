@@ -15,6 +15,7 @@ from raydmd.evaluation.samples import evaluation_prompts
 from raydmd.rewards.classifier import ClassifierReward
 from raydmd.zoo.judge import LANGUAGES, AttributeJudge, Body
 from raydmd.zoo.make_experts import TEXT_LENGTH, build_tokenizer
+from raydmd.zoo.make_vae import build_deeper_vae, build_image_vae
 from raydmd.zoo.still import PLACES, SIZES, StillCaption, StillWorld
 from raydmd.zoo.world import COLOURS, ITEMS, LEVEL, Caption, MovingCaption, World
 
@@ -65,13 +66,26 @@ def test_captions_are_drawn_as_asked(language: type[Caption]) -> None:
     assert share == pytest.approx(0.7, abs=0.05)
 
 
+@pytest.mark.parametrize("preface", ["", "Be an assistant, please. <Start>"])
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_prompt_fits_its_tokens(language: type[Caption]) -> None:
-    tokenizer = build_tokenizer(language)
-    ids = tokenizer([c.text for c in language.every()], padding="longest", return_tensors="pt").input_ids
+def test_a_prompt_fits_its_tokens(language: type[Caption], preface: str) -> None:
+    tokenizer = build_tokenizer(language, preface=preface)
+    texts = [f"{preface} {c.text}".strip() for c in language.every()]
+    ids = tokenizer(texts, padding="longest", return_tensors="pt").input_ids
     assert ids.shape[1] <= TEXT_LENGTH
     assert (ids != tokenizer.unk_token_id).all()
     assert ((ids == tokenizer.eos_token_id).sum(1) == 1).all()
+
+
+def test_a_deeper_autoencoder_begins_with_the_outer_levels_of_its_model() -> None:
+    shallow = build_image_vae()
+    deep = build_deeper_vae(shallow)
+    assert deep.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mode().shape == (1, 16, 4, 4)
+    for own, taken in (
+        (deep.encoder.down_blocks[:2], shallow.encoder.down_blocks[:2]),
+        (deep.decoder.up_blocks[1:], shallow.decoder.up_blocks),
+    ):
+        assert all(torch.equal(weight, taken.state_dict()[name]) for name, weight in own.state_dict().items())
 
 
 @pytest.mark.parametrize("size", SIZES)
