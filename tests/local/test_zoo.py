@@ -41,7 +41,6 @@ def test_it_is_small_and_complete():
 
 def test_its_clips_show_what_their_prompts_say(tmp_path):
     """Thirty guided steps; the bars lie well under what the demo's report shows and far over chance."""
-    torch.set_num_threads(2)
     family = load_family(Model())
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     prompts = [c.text for c in MovingCaption.draw(96, seed=3)]
@@ -90,7 +89,6 @@ def test_their_pictures_show_what_their_prompts_say_and_few_steps_do_not(
     tmp_path, name, shift, guidance, item, joint, gap
 ):
     """Forty guided steps against four without guidance, which is what a student has."""
-    torch.set_num_threads(2)
     family = load_family(Model(path=name))
     teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
     prompts = [c.text for c in StillCaption.draw(128, seed=3)]
