@@ -19,7 +19,7 @@ class Regression(Section):
     """
 
     pairs: Path | None = None
-    """Their folder; default: ``pairs`` beside the runs."""
+    """Their folder; default: ``pairs-MODEL`` beside the runs."""
     loss: Literal["lpips", "l2", "ssim"] = "lpips"
     """``lpips`` (with VGG16) and ``ssim`` compare decoded frames one by one, ``l2`` compares latents."""
     weight: TermWeight = 0.25

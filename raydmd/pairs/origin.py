@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydmd.errors import InputError
@@ -14,7 +15,6 @@ from raydmd.recipe_regression import Regression
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
@@ -88,4 +88,4 @@ def batch_of(recipe: Recipe) -> int:
 def folder_of(recipe: Recipe) -> Path:
     """Where a recipe's pairs lie; as absolute as the recipe's paths are."""
     given = recipe.method.regression and recipe.method.regression.pairs
-    return given or recipe.output / "pairs"
+    return given or recipe.output / f"pairs-{Path(recipe.model.path).name}"

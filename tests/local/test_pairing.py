@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +26,6 @@ from raydmd.training.events import EventLog, read_lines
 from raydmd.training.pairing import check_pairs, distance_of, open_pairs
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.local
 PROMPTS = ["a red bag moving left fast", "something moving up", "something"]
@@ -173,7 +170,8 @@ def test_pairs_that_do_not_fit_a_run_are_refused_before_it_starts(family, made, 
     ):
         with pytest.raises(InputError, match=says):
             check_pairs(derive(good, changes), family)
-    assert folder_of(derive(good, {"method.regression.pairs": None})) == tmp_path / "pairs"
+    beside = f"pairs-{Path(good.model.path).name}"
+    assert folder_of(derive(good, {"method.regression.pairs": None})) == tmp_path / beside
     with pytest.raises(InputError, match=r"method\.regression\.batch=5 does not divide"):
         derive(good, {"method.regression.batch": 5, "placement.workers": 2})
     small = derive(good, {"model": {"frames": 1, "height": 16, "width": 16}})

@@ -41,6 +41,6 @@ def test_a_pool_makes_the_bytes_of_a_teacher_in_this_process(tmp_path, monkeypat
         assert make(local, 10, tmp_path / "local", shard=4) == DONE
     finally:
         torch.use_deterministic_algorithms(False)
-    assert contents(tmp_path / "pairs") == contents(tmp_path / "local")
+    assert contents(tmp_path / f"pairs-{recipe.model.path}") == contents(tmp_path / "local")
     with pytest.raises(InputError, match="the cluster has too little CPU"):
         make(derive(recipe, {"placement.teachers": 1000}), 12, tmp_path / "more", shard=4)
