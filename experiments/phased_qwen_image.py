@@ -5,7 +5,8 @@ real weights with the paper's settings. A student of two phases is two sets of a
 pipeline (its model card says how).
 
 The paper trains on seven aspect ratios of about 1382x1382 pixels, and lists neither them nor their weights: these are
-Qwen-Image's own, equally often, sides rounded to the multiples of 16 that its network takes. That choice is ours.
+Qwen-Image's own, equally often, sides rounded to multiples of 32, so that two or four workers can share a sample. That
+choice is ours.
 """
 
 from raydmd.cli import experiment
@@ -15,12 +16,12 @@ from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import Method
 from raydmd.zoo.settings import on_zoo
 
-SIDES = ((1376, 1376), (1840, 1040), (1040, 1840), (1600, 1200), (1200, 1600), (1696, 1136), (1136, 1696))
+SIDES = ((1376, 1376), (1824, 1024), (1024, 1824), (1600, 1184), (1184, 1600), (1696, 1120), (1120, 1696))
 """Width and height: 1:1, 16:9, 9:16, 4:3, 3:4, 3:2, 2:3."""
 
 PAPER = Recipe(
     name="phased-qwen-image",
-    model=Model(path="Qwen/Qwen-Image", height=1328, width=1328, negative_prompt=" "),
+    model=Model(path="Qwen/Qwen-Image", height=1376, width=1376, negative_prompt=" "),
     data=Data(sizes=tuple(Size(height=height, width=width) for width, height in SIDES)),
     # The grid is 1, 0.9, 0.75, 0.5: the first phase's samples end at 0.75.
     method=Method(name="phased", steps=4, shift=3.0, boundaries=(0.76,), guidance=4.0),

@@ -16,10 +16,10 @@ PAPER = Recipe(
     model=Model(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", frames=81, height=480, width=832),
     data=Data(
         sizes=(
-            Size(frames=81, height=720, width=1280, weight=0.1),
-            Size(frames=81, height=1280, width=720, weight=0.1),
-            Size(frames=81, height=480, width=832, weight=0.4),
-            Size(frames=81, height=832, width=480, weight=0.4),
+            Size(height=720, width=1280, weight=0.1),
+            Size(height=1280, width=720, weight=0.1),
+            Size(height=480, width=832, weight=0.4),
+            Size(height=832, width=480, weight=0.4),
         )
     ),
     method=Method(name="phased", steps=4, shift=5.0, boundaries=(0.875,), guidance=4.0),

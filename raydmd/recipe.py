@@ -168,6 +168,12 @@ def _batch_divides(training: Training, method: Method, placement: Placement) -> 
         for key in ("gan", "regression"):
             if getattr(method, key):
                 raise ValueError(f"placement.sequence={group} does not go with method.{key}, which needs samples apart")
+        for role in ("student", "fake"):
+            if (training.precision, training.sharding, getattr(training, role).lora) == ("bf16", "ddp", None):
+                raise ValueError(
+                    f"placement.sequence={group} with bf16 over fp32 weights has attention compute again, backward, in "
+                    f"other dtypes than forward: set training.sharding=fsdp, or training.{role}.lora={{}}"
+                )
     if training.batch % shares:
         raise ValueError(f"training.batch={training.batch} does not divide over {over}")
     if method.adapt and training.batch // shares % method.adapt.group:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from raydmd.errors import InputError
-from raydmd.models.base import Experts, move
+from raydmd.models.base import Experts
 from raydmd.models.places import locate, read_index
+from raydmd.models.placing import place
 
 if TYPE_CHECKING:
     from raydmd.models.family import Family
@@ -61,8 +62,7 @@ def load_teacher(family: Family, precision: str, *, device: torch.device, spread
         spread: over all GPUs that this process sees, where there are several.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with family.spread(spread):
-        modules = {name: family.denoiser(name, dtype=dtype) for name in family.routing().experts}
+    modules = {name: family.denoiser(name, dtype=dtype) for name in family.routing().experts}
     for module in modules.values():
-        move(module, device).eval().requires_grad_(False)
+        place(module.eval().requires_grad_(False), device, spread=spread)
     return Experts(modules, family.routing(), family.process, family.prediction, family.rescale)

@@ -260,12 +260,6 @@ class Denoiser(ABC, nn.Module):
         """
 
 
-def move(denoiser: Any, device: torch.device | str) -> Any:
-    """Take a denoiser to a device, unless its blocks already lie on several; returns it."""
-    places = set(getattr(getattr(denoiser, "network", None), "hf_device_map", {}).values())
-    return denoiser if len(places) > 1 else denoiser.to(device)
-
-
 Rescale = Callable[[Tensor, Tensor], Tensor]
 """From the conditional and the guided raw prediction to the one that a stock pipeline goes on with."""
 

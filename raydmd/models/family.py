@@ -67,7 +67,7 @@ class Family(Encoding):
         self.path = settings.path
         self._settings = settings
         self._index = index
-        self._without_weights, self._placed = False, dict[str, str]()
+        self._without_weights = False
         networks = [name for name in index if name.startswith(self.network) and self._has(name)]
         if wrong := sorted(settings.lora.keys() - set(networks)):
             raise InputError(
@@ -137,15 +137,6 @@ class Family(Encoding):
         finally:
             self._without_weights = before
 
-    @contextmanager
-    def spread(self, yes: bool = True) -> Iterator[None]:
-        """Networks loaded meanwhile lie on all GPUs that this process sees, some blocks of each on each."""
-        before, self._placed = self._placed, {"device_map": "balanced"} if yes else {}
-        try:
-            yield
-        finally:
-            self._placed = before
-
     def notes(self, method: Method) -> list[str]:
         """What is no fault, but should be known before a run."""
         told = self._config(FlowMatchEulerDiscreteScheduler, "scheduler") if self._has("scheduler") else {}
@@ -169,6 +160,19 @@ class Family(Encoding):
                     f"training.{role}.lora does not fit {self.path!r}: in diffusers the network of a "
                     f"{self.pipeline.__name__} takes no adapters. Set training.{role}.lora=null"
                 )
+
+    def check_spread(self, gpus: float) -> None:
+        """Refuse replicas of several GPUs for a network that diffusers can't cut into blocks.
+
+        Raises:
+            InputError: naming the key.
+        """
+        kind = getattr(diffusers, self._index[self.network][1])
+        if gpus > 1 and not kind._no_split_modules:
+            raise InputError(
+                f"placement.teacher_gpus={gpus:g} does not fit {self.path!r}: diffusers does not say where a "
+                f"{kind.__name__} can be cut. Set placement.teacher_gpus=1"
+            )
 
     def tokens(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of a sample's sequences that ranks share under sequence parallelism; none if they can't."""
@@ -198,7 +202,7 @@ class Family(Encoding):
             if not odd:
                 return
             why = f"{' and '.join(odd)} do not divide by it"
-        raise InputError(f"placement.sequence={size} does not fit {self.path!r}: {why}")
+        raise InputError(f"placement.sequence={size} does not fit {self.path!r}: {why}. Set placement.sequence=1")
 
     def fresh(self, generator: torch.Generator) -> Tensor:
         """Noise ``(1, *latent)`` as the stock scheduler draws it between steps."""
@@ -317,8 +321,7 @@ class Family(Encoding):
             return None
         if self._without_weights:
             return hollow(kind, self._config(kind, part), dtype)
-        placed = self._placed if part.startswith(self.network) else {}
-        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision, **placed)
+        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
         if part in self._settings.lora:
             fuse(self.pipeline, loaded, Path(self._settings.lora[part]), prefix=self.network)
         return loaded

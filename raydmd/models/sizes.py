@@ -9,6 +9,7 @@ from raydmd.models.base import Shape
 
 if TYPE_CHECKING:
     from raydmd.models.family import Family
+    from raydmd.recipe import Recipe
     from raydmd.recipe_data import Data
 
 Latent = tuple[int, ...]
@@ -43,6 +44,18 @@ def training_latents(family: Family, data: Data) -> dict[Latent, float]:
     if list(found) == [own.latent]:
         raise InputError("data.sizes has the model's own size alone, which is the default. Set data.sizes=[]")
     return found
+
+
+def size_notes(family: Family, recipe: Recipe) -> list[str]:
+    """That a run is not trained at the size it is evaluated at, if so."""
+    own = family.shape()
+    if own.latent in training_latents(family, recipe.data):
+        return []
+    clip = f"{own.frames} frames of " if own.frames > 1 else ""
+    return [
+        f"data.sizes does not have the model's own size, {clip}{own.width}x{own.height}: training is at the sizes of "
+        "data.sizes alone, evaluation and 'raydmd sample' at the model's (model.width, model.height, model.frames)"
+    ]
 
 
 def image_shape(

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from torch import Tensor
 
     from raydmd.models.base import Denoiser
@@ -29,6 +32,7 @@ class TokenGroup:
     Args:
         size: ranks of a group, neighbours; divides the world.
         device: this rank's.
+        timeout: of what the group's ranks exchange; its own default knows nothing of the run's.
 
     Attributes:
         size: ranks of a group.
@@ -37,12 +41,13 @@ class TokenGroup:
         leader: the global rank of the group's first.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, timeout: timedelta) -> None:
         names = ("data", "ring", "ulysses")  # the last two by diffusers
         self._mesh = init_device_mesh(device.type, (dist.get_world_size() // size, 1, size), mesh_dim_names=names)
         self._device = device
         self.size = size
         self.group: dist.ProcessGroup = self._mesh["ulysses"].get_group()
+        _set_pg_timeout(timeout, self.group)
         self.leader = dist.get_rank() - dist.get_rank(self.group)
         self.leads = dist.get_rank() == self.leader
 

@@ -10,7 +10,7 @@ import torch
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.guidance import Guidance
-from raydmd.models.base import Conditions, move
+from raydmd.models.base import Conditions
 from raydmd.serving.batcher import Key
 from raydmd.serving.client import ReplicaFailed
 from raydmd.serving.messages import Request, ScoreRequest, WalkRequest
@@ -96,12 +96,12 @@ class TeacherEngine(Engine):
 
 
 def load_teacher_engine(
-    build: Callable[[], Experts], conditions_file: str, sample_shape: tuple[int, ...] | None, device: str
+    build: Callable[[torch.device], Experts], conditions_file: str, sample_shape: tuple[int, ...] | None, device: str
 ) -> TeacherEngine:
     """Load a teacher and its conditions, frozen and on the device.
 
     Args:
-        build: loads the experts.
+        build: loads the experts onto a device.
         conditions_file: as :meth:`Conditions.save` writes it, row 0 the negative prompt.
         sample_shape: shape of one latent, for a warm-up; ``None`` skips it.
         device: ``cpu`` or ``cuda``.
@@ -109,9 +109,9 @@ def load_teacher_engine(
     Raises:
         InputError: if the conditions cannot be read.
     """
-    experts = build()
+    experts = build(torch.device(device))
     for module in experts.modules.values():
-        move(module, device).eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     return TeacherEngine(experts, Conditions.read(Path(conditions_file)), sample_shape=sample_shape)
 
 

@@ -22,6 +22,7 @@ from raydmd.guidance import Guidance
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
 from raydmd.models.places import locate
+from raydmd.models.placing import place, take_back
 from raydmd.process import step_grid
 from raydmd.sampling import sample
 from raydmd.training.events import read_lines
@@ -166,7 +167,7 @@ class Sampler:
     ) -> Samples:
         """Make a clip per row of the condition table; the network is on the device only meanwhile."""
         for module in self.experts.modules.values():
-            module.to(device)
+            place(module, device, spread=recipe.placement.teacher_gpus > 1)
         clips, start = [], time.perf_counter()
         for i in range(0, len(rows), recipe.evaluation.batch):
             part = rows[i : i + recipe.evaluation.batch]
@@ -192,7 +193,7 @@ class Sampler:
             clips.append(family.decode(latents).cpu())
         seconds = (time.perf_counter() - start) / len(rows)
         for module in self.experts.modules.values():
-            module.to("cpu")
+            take_back(module)
         return Samples(
             name=self.name,
             title=self.title,

@@ -7,9 +7,11 @@ import fcntl
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from raydmd.errors import InputError
 from raydmd.recipe import Recipe
+from raydmd.recipe_io import explain
 from raydmd.training.events import read_lines
 
 if TYPE_CHECKING:
@@ -69,8 +71,13 @@ def same_run(recipe: Recipe, folder: Path) -> None:
     if not file.is_file():
         return
     before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    with contextlib.suppress(ValueError):  # keys that came after it was started have their defaults
+    try:  # keys that came after it was started have their defaults
         before = Recipe.model_validate(before).model_dump(mode="json")
+    except ValidationError as error:
+        raise InputError(
+            f"run '{recipe.name}' in {folder} was started by another release: its recipe.yaml is refused by this one "
+            f"({explain(error)}). Go on with that release, or give another --name"
+        ) from None
     now = recipe.model_dump(mode="json")
     differs = [k for k in _leaves(now) | _leaves(before) if _get(now, k) != _get(before, k) and not _free(k)]
     if differs:

@@ -7,6 +7,7 @@ import functools
 import os
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -27,6 +28,7 @@ from raydmd.serving.pool_client import ClientSpec, PoolClient
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.pairing import open_pairs
+from raydmd.training.ranks import Ranks
 from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
 from raydmd.training.tied import Tied
@@ -40,11 +42,15 @@ if TYPE_CHECKING:
     from raydmd.training.session import Fits
 
 
+COLLECTIVE = 180
+"""Seconds that a collective waits longer than a step, so that a late teacher is told before a late rank."""
+
+
 class RaySession(Session):
     """A worker of Ray Train.
 
     Args:
-        timeout: seconds to wait for Ray Train's list of checkpoints.
+        timeout: seconds to wait for Ray Train's list of checkpoints; a step's.
         sequence: neighbouring ranks that share each sample.
     """
 
@@ -53,7 +59,8 @@ class RaySession(Session):
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.tokens = TokenGroup(sequence, self.device) if sequence > 1 else None
+        patience = timedelta(seconds=timeout + COLLECTIVE)
+        self.tokens = TokenGroup(sequence, self.device, patience) if sequence > 1 else None
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:
         """See :class:`~raydmd.training.session.Session`."""
@@ -144,9 +151,23 @@ def train_loop(config: LoopConfig) -> None:
             pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
             tied=tied,
         )
-        Worker(job, teacher_client(c, job, session), session, events, reward_client(c, session)).run()
+        teacher, rewards = clients(c, job, session)
+        Worker(job, teacher, session, events, rewards).run()
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
+
+
+def clients(c: WorkerConfig, job: Job, session: Session) -> tuple[Client, Client | None]:
+    """Teacher and rewards; an error of one rank, which may be alone in asking them, is raised by all."""
+    made: tuple[Client, Client | None] | None = None
+    error: Exception | None = None
+    try:
+        made = teacher_client(c, job, session), reward_client(c, session)
+    except Exception as e:
+        error = e
+    Ranks(session).agree(error)
+    assert made is not None
+    return made
 
 
 def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:

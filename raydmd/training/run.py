@@ -24,7 +24,7 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family, load_teacher
-from raydmd.models.sizes import training_latents
+from raydmd.models.sizes import size_notes, training_latents
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.pool import Pool, Replicas
@@ -35,7 +35,7 @@ from raydmd.training.events import read_lines
 from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.pairing import check_pairs
-from raydmd.training.ray_worker import WorkerConfig, train_loop
+from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
@@ -64,12 +64,13 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     family = load_family(recipe.model)
     family.check(recipe.method)
     family.check_roles(recipe.training)
+    family.check_spread(recipe.placement.teacher_gpus)
     family.check_sequence(recipe.placement.sequence, training_latents(family, recipe.data))
     try:
         build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
-    for note in family.notes(recipe.method):
+    for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
         print(f"note: {note}")
     check_instruments(recipe.evaluation)
     prompts = training_prompts(recipe, family)
@@ -204,7 +205,7 @@ def train(
             ),
             torch_config=ray.train.torch.TorchConfig(
                 backend="nccl" if p.worker_gpus else "gloo",
-                timeout_s=int(t.step_timeout) + 180,  # so that a late teacher is told before a late rank
+                timeout_s=int(t.step_timeout) + COLLECTIVE,
             ),
             run_config=ray.train.RunConfig(
                 name="train",
@@ -306,11 +307,10 @@ def reward_replicas(recipe: Recipe) -> Replicas:
     )
 
 
-def build_teacher(recipe: Recipe) -> Experts:
-    """Load the frozen teacher; runs in a replica."""
-    family = load_family(recipe.model)
-    several = recipe.placement.teacher_gpus > 1
-    return load_teacher(family, recipe.training.precision, device=torch.device("cpu"), spread=several)
+def build_teacher(recipe: Recipe, device: torch.device) -> Experts:
+    """Load the frozen teacher; runs in a replica, which sees its own GPUs alone."""
+    spread = recipe.placement.teacher_gpus > 1
+    return load_teacher(load_family(recipe.model), recipe.training.precision, device=device, spread=spread)
 
 
 def versions() -> dict[str, str]:

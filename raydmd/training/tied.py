@@ -49,9 +49,6 @@ class Tied:
         sharded = training.sharding == "fsdp" and dist.is_initialized()
         with family.without_weights(sharded and dist.get_rank() > 0):  # they are sent rank 0's
             self._bases = {e: family.denoiser(e, dtype=precision, autocast=precision) for e in routing.experts}
-        for base in self._bases.values():
-            if tokens:
-                tokens.share(base)
         student = {e: source_expert(recipe.method, routing, e) for e in student_routing(recipe.method, routing).experts}
         self._roles: dict[tuple[str, str], Denoiser] = {}
         for role, lora, sources in (
@@ -64,6 +61,9 @@ class Tied:
                 mine = self._bases[source].beside(None, autocast=precision)
                 add_adapter(mine, lora, seed=recipe.seed, name=f"{role}_{expert}")
                 self._roles[role, expert] = mine
+        if tokens:  # with all adapters: peft wraps modules that tokens are gathered behind
+            for denoiser in (*self._bases.values(), *self._roles.values()):
+                tokens.share(denoiser)
         for base in self._bases.values():
             switch = AdapterSwitch(base.network)
             if training.gradient_checkpointing:

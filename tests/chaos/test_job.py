@@ -52,6 +52,7 @@ def test_a_submitted_job_runs_with_two_workers_and_two_replicas(cluster, tmp_pat
     wan_pipeline(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a cat runs\na dog jumps\n")
     small = {
+        "data.sizes": "[]",
         "model.frames": 5,
         "model.height": 32,
         "model.width": 32,
@@ -62,6 +63,7 @@ def test_a_submitted_job_runs_with_two_workers_and_two_replicas(cluster, tmp_pat
         "training.sharding": "ddp",
         "training.gradient_checkpointing": "false",
         "training.student.lora": "null",
+        "placement.sequence": 2,  # both workers share each sample, and ask once
         "placement.worker_gpus": 0,
         "placement.teacher_gpus": 0,
         "placement.worker_cpus": 0.5,

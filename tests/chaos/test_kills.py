@@ -32,6 +32,7 @@ class Launch:
             # With random weights the equation's own weighting blows rounding up past FSDP's bar below, and AdamW's
             # usual eps makes whole steps of gradients of rounding's size.
             "method.normaliser": "distance",
+            "data.sizes": "[{height: 32, width: 32}, {height: 32, width: 16}]",
             "model.frames": 5,
             "model.height": 32,
             "model.width": 32,
@@ -67,7 +68,7 @@ class Launch:
     def events(self, kind: str) -> list[dict]:
         return [e for e in read_lines(self.folder / "events.jsonl") if e["event"] == kind]
 
-    def wait_for(self, kind: str, *, cycle: int = 0, seconds: float = 240) -> dict:
+    def wait_for(self, kind: str, *, cycle: int = 0, seconds: float = 600) -> dict:
         """The first event of a kind at or after a cycle."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -87,7 +88,7 @@ class Launch:
         victims[0].wait(10)
         return victims[0].pid
 
-    def end(self, seconds: float = 300) -> int:
+    def end(self, seconds: float = 900) -> int:
         return self.process.wait(seconds)
 
     def student(self) -> dict:

@@ -13,7 +13,7 @@ from raydmd.errors import InputError
 from raydmd.guidance import Guidance
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions, Denoiser
-from raydmd.models.sizes import training_latents
+from raydmd.models.sizes import size_notes, training_latents
 from raydmd.models.untrained import CLASSES, PICTURED, PIPELINES, write
 from raydmd.recipe import Recipe, derive
 from raydmd.recipe_data import Data, Size
@@ -254,3 +254,14 @@ def test_an_engine_tells_requests_of_several_sizes_apart(folders, tmp_path):
     for pair in (scores, walks):
         with pytest.raises(InputError, match="cannot share a forward"):
             engine.answer(pair)
+
+
+def test_a_run_that_is_evaluated_at_a_size_it_is_not_trained_at_says_so(folders):
+    r = mixed("sd3", folders("sd3"), folders("sd3"))
+    family = load_family(r.model)
+    own = family.shape()
+    sizes = [tall(family).model_dump()]
+    (note,) = size_notes(family, derive(r, {"data.sizes": sizes}))
+    assert f"does not have the model's own size, {own.width}x{own.height}" in note
+    assert not size_notes(family, derive(r, {"data.sizes": [*sizes, {"height": own.height, "width": own.width}]}))
+    assert not size_notes(family, derive(r, {"data.sizes": []}))

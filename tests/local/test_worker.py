@@ -228,14 +228,3 @@ def test_bad_models_are_refused(two_experts, tmp_path):
         load_family(Model(path=str(tmp_path)))
     with pytest.raises(InputError, match=r"frames must be 1 \+ a multiple of 4, height of 16"):
         load_family(Model(path=str(two_experts), frames=6, height=32, width=32))
-
-
-def test_a_teacher_that_may_spread_is_the_teacher(two_experts, tmp_path):
-    """On a machine without GPUs there is one place to spread over."""
-    family = load_family(Model(path=str(two_experts), **SIZE))
-    plain, spread = (load_teacher(family, "fp32", device=torch.device("cpu"), spread=yes) for yes in (False, True))
-    for name, module in spread.modules.items():
-        assert module.network.hf_device_map == {"": "cpu"}
-        ours = dict(module.network.named_parameters())
-        assert all(torch.equal(ours[k], p) for k, p in plain.modules[name].network.named_parameters())
-    assert not hasattr(family.denoiser("transformer", dtype=torch.float32).network, "hf_device_map")

@@ -46,8 +46,9 @@ class Fragile(Denoiser):
         return torch.where(x_t == 99, torch.nan, out.view_as(x_t))
 
 
-def build(folder: Path) -> Experts:
+def build(folder: Path, device: torch.device) -> Experts:
     """Load the teacher; with a file ``broken`` in the folder it cannot be loaded."""
+    assert device.type == "cpu"
     if (folder / "broken").exists():
         raise InputError("the weights are gone")
     modules = {"high": Fragile(folder, 0), "low": Fragile(folder, 1)}
