@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raydmd.errors import InputError
+from raydmd.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ def connect() -> None:
 
     Raises:
         InputError: if the named cluster cannot be joined.
+        RunFailed: if one of our own does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray lowers its workers' priority; here they are the work, and would starve beside anything else.
@@ -41,6 +42,11 @@ def connect() -> None:
         ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot join the Ray cluster at {address!r}: {error}") from error
+    except Exception as error:  # what Ray raises over a node of its own that starts too slowly
+        raise RunFailed(
+            f"Ray did not start: {error} Is this machine overloaded, or out of memory or disk? Nothing was lost; the "
+            "same command tries again"
+        ) from error
 
 
 def lasting(output: Path) -> Path:

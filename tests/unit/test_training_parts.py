@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import ray
 import torch
 import yaml
 
-from raydmd.errors import InputError
+from raydmd.errors import InputError, RunFailed
 from raydmd.models.base import Conditions
 from raydmd.recipe import Placement, Recipe, Training, derive
-from raydmd.training.cluster import check_room
+from raydmd.training.cluster import check_room, connect
 from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan
 from raydmd.training.stream import Stream
@@ -183,3 +184,20 @@ def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
     assert "diversity" not in line
     row.pop("monitor/raised/spread")
     assert "ALARM" not in progress_line(row, Recipe(), [(0.0, 10), (5.0, 20)])
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "says"),
+    [
+        (ConnectionError("nobody answers"), InputError, "cannot join the Ray cluster at 'host:1': nobody answers"),
+        (Exception("The current node timed out during startup."), RunFailed, "Ray did not start: .* tries again"),
+    ],
+)
+def test_a_ray_that_does_not_come_is_said_plainly(monkeypatch, raised, error, says):
+    def init(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "host:1")
+    with pytest.raises(error, match=says):
+        connect()
