@@ -140,13 +140,13 @@ class Placement(Section):
                 raise ValueError(f"{name}={given:g}: Ray gives parts of one GPU, or whole ones")
         if self.teacher != "remote":
             idle = {"teachers": 1, "teacher_gpus": 0.0, "teacher_resources": {}}
-            for name, unused in idle.items():
-                given = getattr(self, name)
-                if given != unused:
-                    raise ValueError(
-                        f"{name}={given} does nothing with teacher={self.teacher}, where each worker holds "
-                        f"its own copy; set placement.{name}={unused} or placement.teacher=remote"
-                    )
+            given = {name: getattr(self, name) for name, unused in idle.items() if getattr(self, name) != unused}
+            if given:
+                raise ValueError(
+                    f"{', '.join(f'{name}={value}' for name, value in given.items())} does nothing with "
+                    f"teacher={self.teacher}, where each worker holds the teacher itself; set "
+                    f"{', '.join(f'placement.{name}={idle[name]}' for name in given)} or placement.teacher=remote"
+                )
         return self
 
 

@@ -153,7 +153,7 @@ def _dataset(source: str, split: str) -> Table:
         import datasets
     except ImportError:
         raise InputError(
-            f"prompts {source!r} are no file, and a dataset needs a library: pip install 'raydmd[datasets]'"
+            f"prompts {source!r} are no file, and a dataset needs a library: pip install datasets"
         ) from None
     try:
         table = datasets.load_dataset(source, split=split)
@@ -193,7 +193,11 @@ def _chosen(table: Table, column: str | None, pictures: bool) -> list[str]:
         if not isinstance(text, str):
             bad.append(f"{where} (no text in {name!r})")
         elif pictures and not (isinstance(picture, str) and (table.folder / picture).is_file()):
-            bad.append(f"{where} (no file {picture!r})" if isinstance(picture, str) else f"{where} (no file's name)")
+            bad.append(
+                f"{where} (no file {table.folder / picture})"
+                if isinstance(picture, str)
+                else f"{where} (no file's name)"
+            )
         elif text.strip():
             whole = " ".join(text.split("\n")).strip()
             found.append(Pictured(whole, (table.folder / str(picture)).absolute()) if pictures else whole)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raydmd.errors import InputError
 from raydmd.models.base import Denoiser, Routing, Shape
 from raydmd.models.encoding import Encoding
-from raydmd.models.fusing import fuse
+from raydmd.models.fusing import check_file, fuse
 from raydmd.models.hollow import hollow
 from raydmd.models.sizes import image_shape
 from raydmd.models.usage import usage
@@ -73,6 +73,8 @@ class Family(Encoding):
             raise InputError(
                 f"model.lora names {', '.join(wrong)}; the networks of {self.path!r} are {', '.join(networks)}"
             )
+        for file in settings.lora.values():  # its matrices are looked at where the network is
+            check_file(Path(file))
 
     @abstractmethod
     def denoiser(self, expert: str, *, dtype: torch.dtype, autocast: torch.dtype = torch.float32) -> Denoiser:

@@ -31,8 +31,7 @@ def fuse(pipeline: Any, network: Any, file: Path, *, prefix: str) -> None:
     Raises:
         InputError: if the file is missing or no LoRA, or is for another network.
     """
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise InputError(f"model.lora: {file} is no safetensors file")
+    check_file(file)
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"model.lora: diffusers reads no LoRA for a {pipeline.__name__}")
     # Where a pipeline can give a file's alphas apart, it otherwise drops them.
@@ -57,6 +56,16 @@ def fuse(pipeline: Any, network: Any, file: Path, *, prefix: str) -> None:
     network.unload_lora()
 
 
+def check_file(file: Path) -> None:
+    """Refuse what is no safetensors file.
+
+    Raises:
+        InputError: if so.
+    """
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise InputError(f"model.lora: {file.absolute()} is no safetensors file")
+
+
 def _check(network: nn.Module, state: Mapping[str, Tensor], file: Path, prefix: str) -> None:
     """Refuse what diffusers would load in part, with a warning."""
     matches = {name: MATRIX.fullmatch(name.removeprefix(f"{prefix}.")) for name in state}
@@ -64,8 +73,8 @@ def _check(network: nn.Module, state: Mapping[str, Tensor], file: Path, prefix: 
     elsewhere = [name for name in state if not name.startswith(f"{prefix}.")]
     if not any(matches.values()) or others or elsewhere:
         raise InputError(
-            f"model.lora: {file} holds more than low-rank matrices of a {prefix}, e.g. "
-            f"{(others or elsewhere or ['nothing'])[0]}"
+            f"model.lora: {file} holds more than low-rank matrices of a {prefix}, or under names that diffusers does "
+            f"not read, e.g. {(others or elsewhere or ['nothing'])[0]}"
         )
     modules, wrong = dict(network.named_modules()), []
     for name, match in matches.items():

@@ -88,10 +88,13 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
     lines = [" " * width + "".join(f"{n:>12}" for n in names)]
     lines += [f"{title:<{width}}" + "".join(f"{row.get(n, 0.0):>12g}" for n in names) for title, row in rows.items()]
     short = [n for n in names if rows["asked in all"][n] > rows["there is"][n] + EPSILON]
+    kinds = [kind for kind in ("GPU", "CPU") if kind in short] or ["CPU"]
+    keys = [f"placement.{role}_{kind.lower()}s" for kind in kinds for role in bundles]
+    smaller = f"smaller {', '.join(keys)}" + (" (with 0 of GPUs it runs on CPUs)" if "GPU" in kinds else "")
     what = f"too little {', '.join(short)}" if short else f"no node with room for another {homeless}"
     raise InputError(
         f"the cluster has {what} for this run:\n" + "\n".join(lines) + "\n"
-        "use fewer --workers or --teachers, smaller placement.worker_cpus or placement.teacher_cpus, or more nodes"
+        f"use fewer --workers or --teachers, {smaller}, or more nodes"
     )
 
 

@@ -135,6 +135,10 @@ def _run(folder: Path) -> tuple[Path, Recipe]:
 def _write(output: Path, made: Sequence[Samples]) -> Shown:
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for old in output.glob("seed-*-[0-9][0-9].*"):  # of an earlier look, at other prompts
+            old.unlink()
+        lines = [f"{i:02d}\t{prompt}" for i, prompt in enumerate(made[0].prompts)]
+        (output / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         files = []
         for samples in made:
             for i, one in enumerate(samples.clips):

@@ -108,7 +108,7 @@ def test_prompts_with_pictures(tmp_path, ending):
     assert f"{second}" == "a cat"
     assert read_prompts(file) == ["a cat", "a cat"]
     write(file, {"prompt": ["a cat", "a cat"], "image": ["a.png", "c.png"]})
-    with pytest.raises(InputError, match=r"bad (line|row) \d \(no file 'c.png'\)"):
+    with pytest.raises(InputError, match=r"bad (line|row) \d \(no file .*c.png\)"):
         read_prompts(file, pictures=True)
     write(file, {"prompt": ["a cat"], "picture": ["a.png"]})
     with pytest.raises(InputError, match="no column 'image' of pictures' files; it has prompt, picture"):
@@ -146,5 +146,5 @@ def test_a_dataset_by_folder_or_id(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="neither a file nor a dataset with split 'eval': ValueError: Unknown split"):
         read_prompts("some/prompts", split="eval")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'raydmd\[datasets\]'"):
+    with pytest.raises(InputError, match=r"pip install datasets"):
         read_prompts("some/prompts")
