@@ -96,7 +96,7 @@ def test_a_file_that_is_no_lora_is_refused(tmp_path):
         family = load_family(Model(path=str(folder), lora={"transformer": str(tmp_path / f"{name}.safetensors")}))
         with pytest.raises(InputError, match=says):
             family.denoiser("transformer", **FP32)
-    with pytest.raises(InputError, match="absent.safetensors is no safetensors file"):  # before anything starts
+    with pytest.raises(InputError, match=r"absent\.safetensors is no safetensors file"):  # before anything starts
         load_family(Model(path=str(folder), lora={"transformer": str(tmp_path / "absent.safetensors")}))
 
 
