@@ -33,6 +33,8 @@ def cluster(tmp_path_factory):
     subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=240)
     before = {p.pid for p in psutil.process_iter()}
     start = [ray, "start", "--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=2"]
+    # Ray's own port for the agent is the same for every cluster: one of another test beside would take it.
+    start.append("--dashboard-agent-listen-port=52391")
     options = ["--disable-usage-stats", "--ray-client-server-port=24391", "--temp-dir=/tmp/raydmd-job"]
     subprocess.run([*start, *options], env=env, check=True, capture_output=True, timeout=240)
     yield ray, env
@@ -79,7 +81,7 @@ def test_a_submitted_job_runs_with_two_workers_and_two_replicas(cluster, tmp_pat
         *("--teachers", "2", "--prompts", str(tmp_path / "prompts.txt"), *(f"--{k}={v}" for k, v in small.items())),
     ]
     deadline = time.monotonic() + 300
-    while True:  # a node's agent comes up after the node itself, on a busy machine long after
+    while True:  # a node's agent comes up after the node itself
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
         said = done.stdout + done.stderr
         if "No available agent to submit job" not in said or time.monotonic() > deadline:
