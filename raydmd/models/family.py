@@ -45,8 +45,6 @@ class Family(Encoding):
         autoencoder: between pixels and latents.
     """
 
-    pipeline: Any
-    """Its diffusers pipeline class."""
     network: str = "transformer"
     """What the pipeline calls its denoiser."""
     process: Process
@@ -169,8 +167,7 @@ class Family(Encoding):
         Raises:
             InputError: naming the key.
         """
-        kind = getattr(diffusers, self._index[self.network][1])
-        if gpus > 1 and not kind._no_split_modules:
+        if gpus > 1 and not (kind := self._kind())._no_split_modules:
             raise InputError(
                 f"placement.teacher_gpus={gpus:g} does not fit {self.path!r}: diffusers does not say where a "
                 f"{kind.__name__} can be cut. Set placement.teacher_gpus=1"
@@ -196,7 +193,7 @@ class Family(Encoding):
         why = f"raydmd can't split the tokens of a {self.pipeline.__name__}"
         own = self._shape.latent
         if self.tokens(own):
-            heads = self._config(getattr(diffusers, self._index[self.network][1]), self.network)["num_attention_heads"]
+            heads = self._config(self._kind(), self.network)["num_attention_heads"]
             counts = [(heads, "attention heads"), *((n, "tokens") for n in self.tokens(own))]
             for latent in latents:
                 counts += [(n, f"tokens of latents {latent}") for n in self.tokens(latent) if latent != own]
@@ -311,6 +308,10 @@ class Family(Encoding):
         """The shape of an image family's samples; ``limits`` of :func:`image_shape` hold for all its sizes."""
         self._fit = partial(image_shape, path=self.path, scale=self.autoencoder.scale, **limits)
         return self.sized(self._settings.height, self._settings.width, self._settings.frames)
+
+    def _kind(self) -> Any:
+        """The diffusers class of its network."""
+        return getattr(diffusers, self._index[self.network][1])
 
     def _config(self, kind: Any, part: str) -> dict[str, Any]:
         """A part's settings."""

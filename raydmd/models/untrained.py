@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 PIPELINES: dict[str, Callable[..., Any]] = {
     "wan22": pipelines.wan,
-    "wan22-i2v": pipelines.wan22_i2v,
-    "wan21": pipelines.wan21,
+    "wan22-i2v": partial(pipelines.wan, boundary=0.9, pictures=True),
+    "wan21": partial(pipelines.wan, experts=1),
     "sd3": pipelines.sd3,
     "sd15": pipelines.sd15,
     "sdxl": pipelines.sdxl,
@@ -38,7 +39,7 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "flux": pipelines.flux,
     "edm": pipelines.edm,
     "dit": pipelines.dit,
-    "sit": pipelines.sit,
+    "sit": partial(pipelines.dit, flow=True),
 }
 CLASSES = {"edm": 10, "dit": 1000, "sit": 1000}
 """Of pipelines whose prompts are numbers of classes."""

@@ -386,18 +386,3 @@ def dit(words: Sequence[str], *, flow: bool = False) -> Any:
     else:
         scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     return DiTPipeline(transformer=transformer, vae=image_vae(levels=2), scheduler=scheduler)
-
-
-def sit(words: Sequence[str]) -> Any:
-    """A DiTPipeline whose network predicts flow."""
-    return dit(words, flow=True)
-
-
-def wan22_i2v(words: Sequence[str], **settings: Any) -> Any:
-    """A WanImageToVideoPipeline of two experts."""
-    return wan(words, boundary=0.9, pictures=True, **settings)
-
-
-def wan21(words: Sequence[str]) -> Any:
-    """A WanPipeline of one expert."""
-    return wan(words, experts=1)

@@ -59,6 +59,7 @@ def make(recipe: Recipe, count: int, folder: Path | None = None, *, shard: int |
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     folder = lasting(folder or folder_of(recipe))
     family = load_family(recipe.model)
+    family.check_spread(recipe.placement.teacher_gpus)
     prompts = training_prompts(recipe, family)
     origin = origin_of(recipe, family, prompts, count, shard)
     with locked(folder):

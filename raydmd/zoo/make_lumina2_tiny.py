@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 
 from raydmd.zoo.make_single_stream import SHIFT, TextToImage, train_single_stream
 from raydmd.zoo.make_vae import build_deeper_vae
-from raydmd.zoo.making import DATA, autoencoder, encoded_pictures, kept, read_autoencoder, read_judges, start, write
+from raydmd.zoo.making import DATA, autoencoder, read_autoencoder, read_judges, start, text_to_image, write
 from raydmd.zoo.still import StillWorld
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ def main() -> None:
     def build() -> AutoencoderKL:
         return build_deeper_vae(read_autoencoder(SOURCE / "vae"))
 
-    def train() -> TextToImage:
-        return train_single_stream(*encoded_pictures(args.work, vae, world), minutes=minutes["transformer"], seed=0)
-
     vae = autoencoder(args.work, build, world, minutes=minutes["vae"])
-    parts = kept(args.work / "transformer", TextToImage, train)
+    parts = text_to_image(
+        args.work / "transformer", TextToImage, train_single_stream, vae, world, minutes=minutes["transformer"]
+    )
     pipeline = Lumina2Pipeline(
         transformer=parts.transformer.half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from raydmd.zoo.make_mmdit import SHIFT, TextToImage, train_mmdit
 from raydmd.zoo.make_vae import build_image_vae
-from raydmd.zoo.making import attribute_judges, autoencoder, encoded_pictures, kept, start, write
+from raydmd.zoo.making import attribute_judges, autoencoder, start, text_to_image, write
 from raydmd.zoo.still import StillWorld
 
 SHARES = {"vae": 0.25, "transformer": 0.6, "judges": 0.15}
@@ -25,10 +25,9 @@ def main() -> None:
     minutes = {stage: share * args.minutes for stage, share in SHARES.items()}
     vae = autoencoder(args.work, build_image_vae, world, minutes=minutes["vae"])
 
-    def train() -> TextToImage:
-        return train_mmdit(*encoded_pictures(args.work, vae, world), minutes=minutes["transformer"], seed=0)
-
-    parts = kept(args.work / "transformer", TextToImage, train)
+    parts = text_to_image(
+        args.work / "transformer", TextToImage, train_mmdit, vae, world, minutes=minutes["transformer"]
+    )
     judges = attribute_judges(args.work, vae, world, minutes=minutes["judges"])
     pipeline = StableDiffusion3Pipeline(
         transformer=parts.transformer.half(),

@@ -9,10 +9,12 @@ format, weights in fp16.
 
 from __future__ import annotations
 
+from functools import partial
+
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from raydmd.zoo.make_unet import PROCESS, TextToImage, train_unet
-from raydmd.zoo.making import DATA, encoded_pictures, kept, read_autoencoder, read_judges, start, write
+from raydmd.zoo.making import DATA, read_autoencoder, read_judges, start, text_to_image, write
 from raydmd.zoo.still import StillWorld
 from raydmd.zoo.world import SIZE
 
@@ -24,10 +26,9 @@ def main() -> None:
     args, world = start(__doc__, "sdxl-tiny", 30.0, StillWorld)
     vae = read_autoencoder(SOURCE / "vae")
 
-    def train() -> TextToImage:
-        return train_unet(*encoded_pictures(args.work, vae, world), side=SIZE, minutes=args.minutes, seed=0)
-
-    parts = kept(args.work / "parts", TextToImage, train)
+    parts = text_to_image(
+        args.work / "parts", TextToImage, partial(train_unet, side=SIZE), vae, world, minutes=args.minutes
+    )
     # An SDXL pipeline knows a centre per channel where an SD3 one has a shift.
     centre, channels = vae.config.shift_factor, vae.config.latent_channels
     vae.register_to_config(shift_factor=None, latents_mean=[centre] * channels, latents_std=[1.0] * channels)

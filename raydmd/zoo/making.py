@@ -91,22 +91,26 @@ def read_autoencoder(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
 
 
-def encoded_pictures(work: Path, vae: AutoencoderKL, world: Items) -> tuple[Tensor, list[str]]:
-    """Normalised latents of :data:`PICTURES` rendered pictures, and their captions."""
-    latents, prompts = encoded(work, vae, world, count=PICTURES)
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor, prompts
-
-
-def kept(folder: Path, kind: type[Parts], make: Callable[[], Parts]) -> Parts:
-    """A pipeline's trained parts, made unless they are in their folder, and read from there.
+def text_to_image(
+    folder: Path, kind: type[Parts], train: Callable[..., Parts], vae: AutoencoderKL, world: Items, *, minutes: float
+) -> Parts:
+    """A pipeline's parts, trained on :data:`PICTURES` rendered pictures unless they are in their folder.
 
     Args:
-        folder: with a folder for each part.
+        folder: with a folder for each part, beside the other stages' results.
         kind: a dataclass whose fields are the parts, of classes that read and write folders.
-        make: trains them.
+        train: of normalised latents, their captions, ``minutes`` and a ``seed``.
+        vae: encodes the pictures.
+        world: renders them.
+        minutes: wall time to spend.
+
+    Returns:
+        The parts, as they were read from the folder.
     """
     if not folder.is_dir():
-        for name, part in vars(make()).items():
+        latents, prompts = encoded(folder.parent, vae, world, count=PICTURES)
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        for name, part in vars(train(latents, prompts, minutes=minutes, seed=0)).items():
             part.save_pretrained(folder / name)
     return kind(**{name: part.from_pretrained(folder / name) for name, part in get_type_hints(kind).items()})
 
