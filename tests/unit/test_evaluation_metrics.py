@@ -150,7 +150,9 @@ def test_flow_of_squares_needs_no_data(speed: float) -> None:
 
 def test_flow_of_nothing_is_zero_and_of_images_an_error() -> None:
     assert optical_flow(torch.zeros(2, 3, 3, SIZE, SIZE)).tolist() == [0.0, 0.0]
-    still = moving("fast", count=1)[:, :1].expand(-1, 4, -1, -1, -1)
+    # The middle frame: Farneback's flow is not exact at the picture's edge, where the first ones show a part of theirs.
+    middle = FRAMES // 2
+    still = moving("fast", count=1)[:, middle : middle + 1].expand(-1, 4, -1, -1, -1)
     assert float(optical_flow(still)) == pytest.approx(0.0, abs=1e-3)
     with pytest.raises(InputError, match="F >= 2"):
         optical_flow(torch.zeros(2, 1, 3, SIZE, SIZE))
