@@ -25,6 +25,8 @@ MAX_ROWS = 16
 _SMALL, _TALL, _GAP = 64, 96, 2
 _PAPER, _INK, _MUTED = (255, 255, 255), (28, 28, 30), (110, 110, 116)
 _MILLISECONDS = 140
+LINE = 17
+"""Height of a line of text, pixels."""
 
 
 def display_size(clip: Tensor) -> tuple[int, int]:
@@ -117,9 +119,11 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
     """
     rows, font = same_rows(contact), ImageFont.load_default(size=13)
     strips = [[strip(s.clips[row], frames=frames) for row in range(rows)] for s in contact]
-    caption, gap, head, margin = 200, 16, 30, 16
     heights = [max(column[row].height for column in strips) for row in range(rows)]
     widths = [column[0].width for column in strips]
+    titles = [_wrap(s.title, font, width) for s, width in zip(contact, widths, strict=True)]
+    caption, gap, margin = 200, 16, 16
+    head = 13 + LINE * max(map(len, titles))
     sheet = Image.new(
         "RGB",
         (
@@ -130,9 +134,8 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
     )
     draw = ImageDraw.Draw(sheet)
     left = margin + caption + gap
-    for samples, column, width in zip(contact, strips, widths, strict=True):
-        title = _wrap(samples.title, font, width)[0]
-        draw.text((left, margin + 4), title, fill=_INK, font=font)
+    for title, column, width in zip(titles, strips, widths, strict=True):
+        draw.multiline_text((left, margin + 4), "\n".join(title), fill=_INK, font=font)
         top = margin + head
         for picture, height in zip(column, heights, strict=True):
             sheet.paste(picture, (left, top), picture)
@@ -140,7 +143,7 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
         left += width + gap
     top = margin + head
     for prompt, height in zip(contact[0].prompts[:rows], heights, strict=True):
-        lines = _wrap(prompt, font, caption)[: max(1, height // 17)]
+        lines = _wrap(prompt, font, caption)[: max(1, height // LINE)]
         draw.multiline_text((margin, top + 2), "\n".join(lines), fill=_MUTED, font=font)
         top += height + 6
     return sheet
