@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _make_pairs
     )
     app.command("sample")(_sample)
+    app.command("top")(_top)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
@@ -292,6 +293,23 @@ def _sample(
         return DONE
 
     raise typer.Exit(_guard(make, None))
+
+
+def _top(
+    address: Annotated[
+        str | None, typer.Option(help="Of the cluster, or 'auto' for this machine's; default: $RAY_ADDRESS.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show them once.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON, once.")] = False,
+) -> None:
+    """Watch a cluster's pools of teachers and rewards: replicas, load, and which run asks how much."""
+
+    def show() -> None:
+        from raydmd.serving.top import top
+
+        top(address, once=once, as_json=as_json)
+
+    _guard(show, None)
 
 
 def _print_recipe(

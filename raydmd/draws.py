@@ -7,7 +7,7 @@ size draws the same numbers for the same sample.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,10 @@ class Draws:
     def uniform(self, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), ``(B,)``, fp32."""
         return torch.cat([torch.rand(1, generator=self._generator(purpose, p)) for p in self.positions]).to(self.device)
+
+    def on(self, device: torch.device) -> Draws:
+        """The same numbers on another device."""
+        return replace(self, device=device)
 
     def shared(self, purpose: str) -> float:
         """One uniform number in [0, 1) that all samples and all ranks share."""

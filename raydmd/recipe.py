@@ -22,6 +22,7 @@ from raydmd.recipe_data import Data
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_method import PRESETS, Method
 from raydmd.recipe_monitor import Monitor
+from raydmd.recipe_placement import Placement
 from raydmd.recipe_types import Below1, Count, Fraction, NonNegative, Positive, Section, Word, ever_positive
 
 if TYPE_CHECKING:
@@ -101,53 +102,6 @@ class Training(Section):
     """Restarts of the worker group before the run gives up."""
     step_timeout: Positive = 1800.0
     """Seconds that collectives, teacher requests and a checkpoint may each take."""
-
-
-class Placement(Section):
-    """Where roles run."""
-
-    workers: Count = 1
-    sequence: Count = 1
-    """Neighbouring workers that share each sample, its tokens split between them: sequence parallel, for long video."""
-    teachers: Count = 1
-    teacher: Literal["remote", "local", "tied"] = "remote"
-    """A pool; a copy in each worker; or one network in each worker whose adapters are student and fake score."""
-    worker_cpus: Positive = 0.5
-    teacher_cpus: Positive = 0.5
-    worker_gpus: NonNegative = 0.0
-    teacher_gpus: NonNegative = 0.0
-    """Of each replica. Above 1 its networks are spread over them, block by block, for teachers that fit on no one."""
-    rewards: Count = 1
-    """Replicas of the reward models, where the method asks them (``method.adapt``)."""
-    reward: Literal["remote", "local"] = "remote"
-    reward_cpus: Positive = 0.5
-    reward_gpus: NonNegative = 0.0
-    worker_resources: dict[str, Positive] = Field(default_factory=dict)
-    """Custom resources of the trainers' nodes, e.g. ``{trainer: 1}``."""
-    teacher_resources: dict[str, Positive] = Field(default_factory=dict)
-    threads: Count = 1
-    """CPU threads of each worker and replica."""
-    batch_items: Count = 64
-    """Samples a replica puts into one forward, counted before guidance doubles them."""
-    batch_wait: NonNegative = 0.003
-    """Seconds a replica waits for company before it runs a batch that is not full."""
-
-    @model_validator(mode="after")
-    def _nothing_is_idle(self) -> Self:
-        for name in ("worker_gpus", "teacher_gpus", "reward_gpus"):
-            given = getattr(self, name)
-            if given > 1 and given != int(given):
-                raise ValueError(f"{name}={given:g}: Ray gives parts of one GPU, or whole ones")
-        if self.teacher != "remote":
-            idle = {"teachers": 1, "teacher_gpus": 0.0, "teacher_resources": {}}
-            given = {name: getattr(self, name) for name, unused in idle.items() if getattr(self, name) != unused}
-            if given:
-                raise ValueError(
-                    f"{', '.join(f'{name}={value}' for name, value in given.items())} does nothing with "
-                    f"teacher={self.teacher}, where each worker holds the teacher itself; set "
-                    f"{', '.join(f'placement.{name}={idle[name]}' for name in given)} or placement.teacher=remote"
-                )
-        return self
 
 
 class Tracking(Section):
@@ -238,6 +192,17 @@ def _rewards_are_asked(method: Method, placement: Placement) -> None:
             raise ValueError(f"placement.{key} does nothing without method.adapt, which asks the rewards")
 
 
+def _samplers_are_asked(placement: Placement, training: Training, *, deterministic: bool) -> None:
+    if not placement.samplers:
+        return
+    if not training.fake_updates:
+        raise ValueError("placement.samplers does nothing with training.fake_updates=0")
+    if deterministic:
+        raise ValueError(
+            "placement.samplers does not go with deterministic=true: after a resume, samples are of another age"
+        )
+
+
 def _sizes_can_differ(data: Data, method: Method) -> None:
     if not data.sizes:
         return
@@ -291,6 +256,7 @@ class Recipe(Section):
         _tied_are_adapters(self.placement, self.training)
         _rewards_are_asked(self.method, self.placement)
         _sizes_can_differ(self.data, self.method)
+        _samplers_are_asked(self.placement, self.training, deterministic=self.deterministic)
         return self
 
     @property

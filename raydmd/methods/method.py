@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raydmd.methods.phases import Phase
     from raydmd.methods.regression import Distance, Pairs, RegressionTerm
     from raydmd.methods.rollout import Rollout, Sample
-    from raydmd.models.base import Conditions, Experts
+    from raydmd.models.base import Conditions, Experts, Routing
     from raydmd.process import Prediction, Process
     from raydmd.recipe_types import Balance, Ramp
 
@@ -149,6 +149,11 @@ class Method:
     def queries(self, sample: Sample, phase: Phase, draws: Draws, progress: float) -> tuple[Query, ...]:
         """What the teacher is asked about a sample."""
         return self.score.queries(sample, phase, draws, progress)
+
+    def asks(self, phase: Phase, teacher: Routing) -> tuple[str, ...]:
+        """The teacher's experts that a phase can ask."""
+        walked = self.anchor.grid[:-1] if self.anchor and phase.index == 0 else ()
+        return tuple(dict.fromkeys((*self.score.experts(phase), *(teacher.expert(t) for t in walked))))
 
     def walk(self, sample: Sample) -> Walk | None:
         """What the teacher is to walk for this sample's anchor, if it has one."""

@@ -95,8 +95,7 @@ class Rollout:
 
         With ``grad``, it is differentiable as the kind of rollout has it.
         """
-        exits = self.exits(phase)
-        exit_step = exits[int(draws.shared("exit") * len(exits))]
+        exit_step = self._leaves(draws, phase)
         noise = draws.normal("noise", latent) if noise is None else noise
         x = self.process.start(noise)
         first: Tensor | None = None
@@ -113,9 +112,23 @@ class Rollout:
             if self.anchored and exit_step == 0:
                 first = x0
             x_s = self.process.step(x, x0, t, s)
+        return self._sample(x_s, x0.detach(), noise, exit_step, phase, first)
+
+    def restored(self, x: Tensor, x0: Tensor, noise: Tensor, draws: Draws, phase: Phase) -> Sample:
+        """The sample that a rollout elsewhere has made from the same draws, of what came over the wire."""
+        return self._sample(x, x0, noise, self._leaves(draws, phase), phase, None)
+
+    def _leaves(self, draws: Draws, phase: Phase) -> int:
+        exits = self.exits(phase)
+        return exits[int(draws.shared("exit") * len(exits))]
+
+    def _sample(
+        self, x: Tensor, x0: Tensor, noise: Tensor, exit_step: int, phase: Phase, first: Tensor | None
+    ) -> Sample:
+        t, s = self._time(exit_step, x), torch.full((len(x),), phase.end, device=x.device)
         return Sample(
-            x=x_s,
-            x0=x0.detach(),
+            x=x,
+            x0=x0,
             s=s,
             exit_step=exit_step,
             entered=self.grid[exit_step],

@@ -79,6 +79,10 @@ class ScoreTerm(ABC):
         """Renoise the sample and say what to ask."""
 
     @abstractmethod
+    def experts(self, phase: Phase) -> tuple[str, ...]:
+        """The teacher's experts that a phase's queries can go to."""
+
+    @abstractmethod
     def gradient(
         self,
         sample: Sample,
@@ -121,6 +125,10 @@ class Matching(ScoreTerm):
     def queries(self, sample: Sample, phase: Phase, draws: Draws, progress: float) -> tuple[Query, ...]:
         """See :class:`ScoreTerm`."""
         return (renoised(self.process, self.window, self.guidance, sample, phase, draws, progress, "match"),)
+
+    def experts(self, phase: Phase) -> tuple[str, ...]:
+        """See :class:`ScoreTerm`."""
+        return self.window.experts(phase.floor)
 
     def gradient(
         self,
@@ -192,6 +200,11 @@ class Decoupled(ScoreTerm):
         if ever_positive(self.augment):
             asked.append(ask(self.augment_window, "augment", self.guidance, split=True))
         return tuple(asked)
+
+    def experts(self, phase: Phase) -> tuple[str, ...]:
+        """See :class:`ScoreTerm`."""
+        windows = [w for w in (self.match_window, self.augment_window) if w is not None]
+        return tuple(dict.fromkeys(e for w in windows for e in w.experts(phase.floor)))
 
     def gradient(
         self,

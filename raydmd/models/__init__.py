@@ -11,6 +11,7 @@ from raydmd.errors import InputError
 from raydmd.models.base import Experts
 from raydmd.models.places import locate, read_index
 from raydmd.models.placing import place
+from raydmd.models.speed import hasten
 
 if TYPE_CHECKING:
     from raydmd.models.family import Family
@@ -52,7 +53,16 @@ def load_family(settings: Model) -> Family:
     return family(located, index)
 
 
-def load_teacher(family: Family, precision: str, *, device: torch.device, spread: bool = False) -> Experts:
+def load_teacher(
+    family: Family,
+    precision: str,
+    *,
+    device: torch.device,
+    spread: bool = False,
+    experts: tuple[str, ...] = (),
+    compile_mode: str | None = None,
+    quantize: str | None = None,
+) -> Experts:
     """The frozen teacher, in evaluation mode on ``device``.
 
     Args:
@@ -60,9 +70,16 @@ def load_teacher(family: Family, precision: str, *, device: torch.device, spread
         precision: ``bf16`` stores and runs it in bf16, ``fp32`` in fp32.
         device: where.
         spread: over all GPUs that this process sees, where there are several.
+        experts: to load; default: all.
+        compile_mode: see :func:`raydmd.models.speed.hasten`.
+        quantize: see there.
+
+    Raises:
+        InputError: if it cannot be made faster in these ways here.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    modules = {name: family.denoiser(name, dtype=dtype) for name in family.routing().experts}
+    modules = {name: family.denoiser(name, dtype=dtype) for name in experts or family.routing().experts}
     for module in modules.values():
         place(module.eval().requires_grad_(False), device, spread=spread)
+        hasten(module, compile_mode=compile_mode, quantize=quantize)
     return Experts(modules, family.routing(), family.process, family.prediction, family.rescale)

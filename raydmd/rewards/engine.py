@@ -81,17 +81,21 @@ class RewardEngine(Engine):
             raise NonFiniteError(f"request {request.name!r}: latents of samples {bad} are not finite")
 
 
-def load_reward_engine(recipe: recipes.Recipe, prompts: Sequence[str], device: str) -> RewardEngine:
+def load_reward_engine(
+    recipe: recipes.Recipe, prompts: Sequence[str], device: str, experts: tuple[str, ...] = ()
+) -> RewardEngine:
     """Load what ``method.adapt.rewards`` names, with the family that decodes for it.
 
     Args:
         recipe: the run; its method adapts to rewards.
         prompts: the training prompts, in the order of the condition table.
         device: ``cpu`` or ``cuda``.
+        experts: none: reward models have no experts.
 
     Raises:
         InputError: if a model is missing or of the wrong class.
     """
+    del experts
     adapt = recipe.method.adapt
     if adapt is None:
         raise InputError("method.adapt is not set, so no reward is asked for")

@@ -26,12 +26,14 @@ class Key:
         latent: shape of one latent, without the batch.
         guidance: guidance scale.
         kind: what else must be alike, e.g. the times of a walk.
+        table: of conditions.
     """
 
     expert: str
     latent: tuple[int, ...]
     guidance: float
     kind: tuple[float, ...] | str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True)

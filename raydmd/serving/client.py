@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from raydmd.errors import PoolError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from raydmd.serving.messages import Reply, Request
 
 
@@ -57,3 +59,7 @@ class Client(ABC):
 
         The request's tensors may be changed once this returns.
         """
+
+    def expect(self, experts: Sequence[str]) -> None:
+        """Say which experts are asked from now on, so that they can be made ready; of no use where all are here."""
+        del experts

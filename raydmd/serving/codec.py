@@ -6,19 +6,21 @@ times as long. numpy knows no bfloat16, so its bits travel as uint16.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from raydmd.errors import InputError
 from raydmd.guidance import Guidance
 from raydmd.methods.terms import Answer
-from raydmd.serving.messages import Reply, Request, RewardRequest, ScoreRequest, WalkRequest
+from raydmd.serving.messages import Reply, Request, RewardRequest, RolloutRequest, ScoreRequest, WalkRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from raydmd.draws import Draws
 
 
 class ArrayWire(TypedDict):
@@ -36,7 +38,7 @@ class ArrayWire(TypedDict):
 class RequestWire(TypedDict):
     """A request on the wire, with who asks; each kind fills in what it has."""
 
-    kind: Literal["score", "walk", "reward"]
+    kind: Literal["score", "walk", "reward", "rollout"]
     x_t: ArrayWire
     t: ArrayWire | None
     grid: tuple[float, ...]
@@ -46,6 +48,8 @@ class RequestWire(TypedDict):
     split: bool
     name: str
     client: str
+    table: str
+    rollout: tuple[Draws, int, int] | None
 
 
 class ReplyWire(TypedDict):
@@ -77,15 +81,25 @@ def encode_array(tensor: Tensor) -> ArrayWire:
 
 
 def decode_array(wire: ArrayWire) -> Tensor:
-    """The tensor of a wire array, on the CPU; shares memory with a writeable array, else copies."""
-    data = wire["data"]
-    # Arrays from the object store are read-only, and torch has no read-only tensors.
-    tensor = torch.from_numpy(data if data.flags.writeable else np.array(data))
+    """The tensor of a wire array, on the CPU. It shares the array's memory: nobody may write to it in place."""
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only, and torch has no read-only tensors. Nothing here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(wire["data"])
     return tensor.view(torch.bfloat16) if wire["bf16"] else tensor
 
 
-def encode_request(request: Request, client: str) -> RequestWire:
-    """A request for the wire; its arrays share memory with the request's CPU tensors."""
+def encode_request(request: Request, client: str, table: str = "") -> RequestWire:
+    """A request for the wire; its arrays share memory with the request's CPU tensors.
+
+    Args:
+        request: of any kind.
+        client: who asks.
+        table: file of the condition table that its rows are of.
+
+    Returns:
+        Its wire form.
+    """
     wire = RequestWire(
         kind="reward",
         x_t=encode_array(request.x_t),
@@ -97,12 +111,16 @@ def encode_request(request: Request, client: str) -> RequestWire:
         split=False,
         name=request.name,
         client=client,
+        table=table,
+        rollout=None,
     )
     if isinstance(request, ScoreRequest):
         wire |= {"kind": "score", "t": encode_array(request.t), "guidance": request.guidance.scale}
         wire |= {"expert": request.expert, "split": request.split}
     elif isinstance(request, WalkRequest):
         wire |= {"kind": "walk", "grid": request.grid, "guidance": request.guidance.scale}
+    elif isinstance(request, RolloutRequest):
+        wire |= {"kind": "rollout", "rollout": (request.draws, request.phase, request.version)}
     return wire
 
 
@@ -111,9 +129,19 @@ def decode_request(wire: RequestWire) -> Request:
     x_t, conditions, name = decode_array(wire["x_t"]), wire["conditions"], wire["name"]
     if wire["kind"] == "reward":
         return RewardRequest(x_t=x_t, conditions=conditions, name=name)
+    if wire["rollout"] is not None:
+        draws, phase, version = wire["rollout"]
+        return RolloutRequest(x_t=x_t, draws=draws, phase=phase, version=version, conditions=conditions, name=name)
     guidance = Guidance(wire["guidance"])
     if wire["kind"] == "walk":
-        return WalkRequest(x_t=x_t, grid=wire["grid"], conditions=conditions, guidance=guidance, name=name)
+        return WalkRequest(
+            x_t=x_t,
+            grid=wire["grid"],
+            conditions=conditions,
+            guidance=guidance,
+            name=name,
+            table=wire["table"],
+        )
     if wire["t"] is None:
         raise InputError(f"request {name!r} asks for scores and gives no times")
     return ScoreRequest(
@@ -124,6 +152,7 @@ def decode_request(wire: RequestWire) -> Request:
         expert=wire["expert"],
         split=wire["split"],
         name=name,
+        table=wire["table"],
     )
 
 

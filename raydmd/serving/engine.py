@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,18 @@ from raydmd.serving.messages import Request, ScoreRequest, WalkRequest
 from raydmd.serving.teacher import answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from raydmd.methods.terms import Answer
     from raydmd.models.base import Experts
+
+BuildTeacher = Callable[[torch.device, tuple[str, ...]], "Experts"]
+"""Loads a frozen teacher onto a device: the experts that are named, or all if none is."""
+Build = Callable[[str, tuple[str, ...]], "Engine"]
+"""Loads an engine onto a device, ``cpu`` or ``cuda``, with the experts that are named, or all if none is."""
+
+TABLES = 8
+"""Condition tables that an engine keeps: those of so many runs share a model without being read again."""
 
 
 class Engine(ABC):
@@ -47,28 +57,52 @@ class Engine(ABC):
     def warm_up(self) -> None:
         """Run once, so that the first request does not pay for it."""
 
+    def experts(self, request: Request) -> frozenset[str]:
+        """The experts that a request needs; none for models without."""
+        del request
+        return frozenset()
+
+    def hold(self, experts: tuple[str, ...]) -> None:
+        """Hold these experts in place of others.
+
+        Raises:
+            InputError: if this engine cannot, or they cannot be loaded.
+        """
+        raise InputError(f"{type(self).__name__} has no experts to change for {experts}")
+
 
 class TeacherEngine(Engine):
     """The frozen teacher.
 
     Args:
-        experts: in evaluation mode.
-        conditions: the condition table; row 0 is the negative prompt.
+        experts: in evaluation mode; some of the model's, where ``load`` is given.
+        conditions: the first condition table; row 0 is the negative prompt.
+        table: its file; others are read when a request names them.
         sample_shape: shape of one latent, for the warm-up; ``None`` skips it.
+        load: makes an engine's experts anew from their names, for :meth:`hold`.
     """
 
     def __init__(
-        self, experts: Experts, conditions: Conditions, *, sample_shape: tuple[int, ...] | None = None
+        self,
+        experts: Experts,
+        conditions: Conditions,
+        *,
+        table: str = "",
+        sample_shape: tuple[int, ...] | None = None,
+        load: Callable[[tuple[str, ...]], Experts] | None = None,
     ) -> None:
-        self._experts, self._conditions, self._shape = experts, conditions, sample_shape
+        self._experts, self._shape, self._load = experts, sample_shape, load
+        self._first, self._routing = conditions, experts.routing
+        self._tables = OrderedDict({table: conditions})
 
     def key(self, request: Request) -> Key:
         """See :class:`Engine`."""
         latent = tuple(request.x_t.shape[1:])
         if isinstance(request, WalkRequest):
-            return Key("", latent, request.guidance.scale, request.grid)
+            return Key("", latent, request.guidance.scale, request.grid, request.table)
         if isinstance(request, ScoreRequest):
-            return Key(request.expert, latent, request.guidance.scale, "split" if request.split else "")
+            kind = "split" if request.split else ""
+            return Key(request.expert, latent, request.guidance.scale, kind, request.table)
         raise InputError(f"request {request.name!r} asks a teacher for rewards")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -76,12 +110,12 @@ class TeacherEngine(Engine):
         ours = [r for r in requests if isinstance(r, ScoreRequest | WalkRequest)]
         if len(ours) < len(requests):
             raise InputError("a teacher answers scores and walks, no rewards")
-        return answer(self._experts, self._conditions, ours)
+        return answer(self._experts, self._table(ours[0].table), ours)
 
     def warm_up(self) -> None:
         """See :class:`Engine`."""
-        edges = (1.0, *self._experts.routing.boundaries, 0.0)
-        for k, expert in enumerate(self._experts.routing.experts):
+        edges = (1.0, *self._routing.boundaries, 0.0)
+        for k, expert in enumerate(self._routing.experts):
             if self._shape is not None and expert in self._experts.modules:
                 middle = torch.full((1,), (edges[k] + edges[k + 1]) / 2)
                 request = ScoreRequest(
@@ -92,27 +126,63 @@ class TeacherEngine(Engine):
                     expert=expert,
                     name=f"warm-up of {expert}",
                 )
-                self.answer([request])
+                answer(self._experts, self._first, [request])
+
+    def experts(self, request: Request) -> frozenset[str]:
+        """See :class:`Engine`."""
+        if isinstance(request, ScoreRequest):
+            return frozenset([request.expert])
+        steps = request.grid[:-1] if isinstance(request, WalkRequest) else ()
+        return frozenset(self._routing.expert(t) for t in steps)
+
+    def hold(self, experts: tuple[str, ...]) -> None:
+        """See :class:`Engine`."""
+        if self._load is None:
+            super().hold(experts)
+            return
+        del self._experts  # or both would need memory
+        self._experts = self._load(experts)
+        self.warm_up()
+
+    def _table(self, name: str) -> Conditions:
+        if not name:
+            return self._first
+        if name not in self._tables:
+            self._tables[name] = Conditions.read(Path(name))
+            while len(self._tables) > TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(name)
+        return self._tables[name]
 
 
 def load_teacher_engine(
-    build: Callable[[torch.device], Experts], conditions_file: str, sample_shape: tuple[int, ...] | None, device: str
+    build: BuildTeacher,
+    conditions_file: str,
+    sample_shape: tuple[int, ...] | None,
+    device: str,
+    experts: tuple[str, ...] = (),
 ) -> TeacherEngine:
     """Load a teacher and its conditions, frozen and on the device.
 
     Args:
-        build: loads the experts onto a device.
+        build: loads experts onto a device: those named, or all.
         conditions_file: as :meth:`Conditions.save` writes it, row 0 the negative prompt.
         sample_shape: shape of one latent, for a warm-up; ``None`` skips it.
         device: ``cpu`` or ``cuda``.
+        experts: to hold at first; empty for all.
 
     Raises:
         InputError: if the conditions cannot be read.
     """
-    experts = build(torch.device(device))
-    for module in experts.modules.values():
-        module.eval().requires_grad_(False)
-    return TeacherEngine(experts, Conditions.read(Path(conditions_file)), sample_shape=sample_shape)
+    conditions = Conditions.read(Path(conditions_file))
+
+    def load(names: tuple[str, ...]) -> Experts:
+        loaded = build(torch.device(device), names)
+        for module in loaded.modules.values():
+            module.eval().requires_grad_(False)
+        return loaded
+
+    return TeacherEngine(load(experts), conditions, table=conditions_file, sample_shape=sample_shape, load=load)
 
 
 def answer_each(engine: Engine, requests: Sequence[Request], *, who: str) -> list[Answer | RaydmdError]:

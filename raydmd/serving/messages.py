@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from raydmd.draws import Draws
     from raydmd.guidance import Guidance
     from raydmd.methods.terms import Answer
+    from raydmd.models.base import Routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,7 @@ class ScoreRequest:
         expert: which expert serves it.
         split: answer in halves, conditional and unconditional, instead of guided.
         name: for messages, e.g. ``cycle 12 rank 0``.
+        table: file of the condition table; empty for the one the model was loaded with.
     """
 
     x_t: Tensor
@@ -35,6 +39,7 @@ class ScoreRequest:
     expert: str
     split: bool = False
     name: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +54,7 @@ class WalkRequest:
         conditions: row of the condition table per sample, length B; row 0 is the negative prompt.
         guidance: how the teacher follows the prompt.
         name: for messages.
+        table: as in :class:`ScoreRequest`.
     """
 
     x_t: Tensor
@@ -56,6 +62,7 @@ class WalkRequest:
     conditions: tuple[int, ...]
     guidance: Guidance
     name: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +80,52 @@ class RewardRequest:
     name: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRequest:
+    """A question to the student as it was after some updates: what do you make of this noise?
+
+    Attributes:
+        x_t: noise ``(B, *latent)``, fp32.
+        draws: the rollout's other random numbers.
+        phase: index of the phase in progress.
+        version: student updates that its weights have had.
+        conditions: row of the condition table per sample, length B.
+        name: for messages.
+    """
+
+    x_t: Tensor
+    draws: Draws
+    phase: int
+    version: int
+    conditions: tuple[int, ...]
+    name: str = ""
+
+
 TeacherRequest = ScoreRequest | WalkRequest
-Request = TeacherRequest | RewardRequest
+Request = TeacherRequest | RewardRequest | RolloutRequest
+
+
+def split(request: Request, routing: Routing | None) -> list[tuple[Request, frozenset[str]]]:
+    """A request and, where it crosses experts that different replicas may hold, its legs, each with what it needs.
+
+    Args:
+        request: of any kind.
+        routing: of the model, where its replicas hold some experts each.
+    """
+    if routing is None or isinstance(request, RewardRequest | RolloutRequest):
+        return [(request, frozenset())]
+    if isinstance(request, ScoreRequest):
+        return [(request, frozenset([request.expert]))]
+    steps = [routing.expert(t) for t in request.grid[:-1]]
+    edges = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
+    whole: list[tuple[Request, frozenset[str]]] = [(request, frozenset(steps))]
+    if len(edges) == 2:
+        return whole
+    for a, b in itertools.pairwise(edges):
+        # A later leg begins where the one before ends.
+        leg = replace(request, grid=request.grid[a : b + 1], x_t=request.x_t if a == 0 else request.x_t[:0])
+        whole.append((leg, frozenset([steps[a]])))
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,27 +1,31 @@
-"""The driver's side of a pool of replicas: start, watch, close."""
+"""The driver's side of a pool of replicas: hold a lease, watch, give it back."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raydmd.errors import PoolError
-from raydmd.serving.pool_client import ClientSpec, ReplicaHandle, plain
-from raydmd.serving.replica import Replica, ReplicaSettings, ReplicaStats
+from raydmd.serving.keeper import TTL, Keeper
+from raydmd.serving.order import NAME, NAMESPACE, ClientSpec, find_keeper, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
 
-    from raydmd.serving.engine import Engine
+    from raydmd.serving.order import Look, Members, Order, Replicas
+    from raydmd.serving.replica import ReplicaStats
 
-# Calls that may run in an actor beside the queued ones: pings, and refusals on their way out.
-_SPARE_CALLS = 32
-_SLICE = 1.0
+_CALL = 30.0
+"""Seconds that the keeper has to answer."""
+_CALLS = 1000
+"""Calls that may wait for news at the keeper: a few per client."""
 
 
 @dataclass(frozen=True)
@@ -37,184 +41,118 @@ class PoolStats:
     unreachable: dict[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replicas:
-    """How many replicas a pool has and what each gets.
+class Pool:
+    """A lease of a pool, renewed as long as this object is open. Whoever dies with one loses it after a while.
 
-    Attributes:
-        copies: how many.
-        cpus: of each.
-        gpus: of each; above 0 the model runs on one.
-        resources: custom resources of each.
-        threads: CPU threads of a forward.
-        batch_items: samples in one forward.
-        batch_wait: seconds a request waits for company.
+    Args:
+        order: what is wanted; whoever holds a pool of the same key already shares it.
+        holder: who wants it, e.g. the run's name.
+        start_timeout: seconds until all replicas must have loaded.
+        request_timeout: seconds from submit to the deadline of a request.
+        attempt_timeout: seconds after which a silent attempt is repeated elsewhere; default: a third of
+            ``request_timeout``.
+        max_retries: failed attempts after which a request gives up.
+        table: file of the condition table that the holder's requests are about.
+        clock: seconds.
+
+    Raises:
+        PoolError: if the cluster gives no keeper.
     """
 
-    copies: int
-    cpus: float
-    gpus: float = 0.0
-    resources: Mapping[str, float] = field(default_factory=dict)
-    threads: int = 1
-    batch_items: int = 64
-    batch_wait: float = 0.003
-
-
-class Pool:
-    """Replicas of one frozen model. Owned by the process that started them; they end with it."""
-
-    def __init__(self, spec: ClientSpec, asked: Replicas, clock: Callable[[], float]) -> None:
-        """Take charge of replicas that load; :meth:`launch` and :meth:`start` make them.
-
-        Args:
-            spec: the replicas and how clients talk to them.
-            asked: what each has been given.
-            clock: seconds.
-        """
-        self._spec, self._asked, self._clock = spec, asked, clock
-        self._open = True
-        self._deadline = clock() + spec.start_timeout
-        self._loading: dict[Any, ReplicaHandle] = {r.actor.ping.remote(): r for r in spec.replicas}
-        self._last, self._late = "", False
+    def __init__(
+        self,
+        order: Order,
+        holder: str,
+        *,
+        start_timeout: float = 600.0,
+        request_timeout: float = 600.0,
+        attempt_timeout: float | None = None,
+        max_retries: int = 8,
+        table: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._order, self._holder, self._clock = order, holder, clock
+        self._spec = ClientSpec(
+            pool=order.key,
+            holder=holder,
+            table=table,
+            deterministic=order.deterministic,
+            routing=order.routing,
+            start_timeout=start_timeout,
+            request_timeout=request_timeout,
+            attempt_timeout=request_timeout / 3 if attempt_timeout is None else attempt_timeout,
+            max_retries=max_retries,
+        )
+        self._deadline = clock() + start_timeout
+        self._late = self._ready = False
+        self._closed = threading.Event()
+        self._lease = self._take()
+        self._renewer = threading.Thread(target=self._renew, name=f"lease of {order.key}", daemon=True)
+        self._renewer.start()
 
     @classmethod
-    def start(cls, asked: Replicas, build: Callable[[str], Engine], **settings: Any) -> Self:
-        """:meth:`launch`, and wait until every replica has loaded and answered.
-
-        Returns:
-            The pool; close it, or use it as a context.
+    def start(cls, order: Order, holder: str, **settings: Any) -> Self:
+        """A pool all of whose replicas have loaded.
 
         Raises:
-            PoolError: as :meth:`loaded` does. All replicas are ended then.
+            PoolError: as :meth:`loaded` does; the lease is given back then.
         """
-        pool = cls.launch(asked, build, **settings)
+        pool = cls(order, holder, **settings)
         try:
-            while not pool.loaded(patience=_SLICE):
+            while not pool.loaded(patience=1.0):
                 pass
         except BaseException:
             pool.close()
             raise
         return pool
 
-    @classmethod
-    def launch(
-        cls,
-        asked: Replicas,
-        build: Callable[[str], Engine],
-        *,
-        name: str = "teacher",
-        deterministic: bool = False,
-        queue_limit: int = 256,
-        start_timeout: float = 600.0,
-        request_timeout: float = 600.0,
-        attempt_timeout: float | None = None,
-        max_retries: int = 8,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> Self:
-        """Start the replicas; they load while other things start.
-
-        Args:
-            asked: how many replicas, what each gets, and its batch bounds.
-            build: loads the frozen model onto a device; picklable. It runs in every replica, and again after a
-                restart, so it must read from what a replica's node can reach.
-            name: of the pool, for messages.
-            deterministic: deterministic kernels, no batching across requests, routing by name.
-            queue_limit: requests that may wait in a replica.
-            start_timeout: seconds until all must have answered.
-            request_timeout: seconds from submit to the deadline of a request.
-            attempt_timeout: seconds after which a silent attempt is repeated elsewhere; default: a
-                third of ``request_timeout``.
-            max_retries: failed attempts after which a request gives up.
-            clock: seconds.
-
-        Returns:
-            The pool; close it, or use it as a context. Ask :meth:`loaded` until it says yes.
-        """
-        actor = ray.remote(Replica)
-        handles = []
-        for i in range(asked.copies):
-            settings = ReplicaSettings(
-                name=f"{name}/{i}",
-                device="cuda" if asked.gpus > 0 else "cpu",
-                threads=asked.threads,
-                batch_items=asked.batch_items,
-                batch_wait=asked.batch_wait,
-                queue_limit=queue_limit,
-                deterministic=deterministic,
-            )
-            options = actor.options(
-                num_cpus=asked.cpus,
-                num_gpus=asked.gpus,
-                resources=dict(asked.resources),
-                # A dead replica comes back, its calls do not: clients resend within deadlines.
-                max_restarts=-1,
-                max_task_retries=0,
-                max_concurrency=queue_limit + asked.batch_items + _SPARE_CALLS,
-                scheduling_strategy="SPREAD",
-            )
-            handle = options.remote(build, settings)
-            handles.append(ReplicaHandle(settings.name, handle))
-        spec = ClientSpec(
-            pool=name,
-            replicas=tuple(handles),
-            deterministic=deterministic,
-            start_timeout=start_timeout,
-            request_timeout=request_timeout,
-            attempt_timeout=(request_timeout / 3 if attempt_timeout is None else attempt_timeout),
-            max_retries=max_retries,
-        )
-        return cls(spec, asked, clock)
+    @property
+    def key(self) -> str:
+        """The pool's key."""
+        return self._order.key
 
     def loaded(self, patience: float = 0.0, *, enough: int | None = None) -> bool:
         """Whether every replica has loaded and answered.
 
         Args:
-            patience: seconds to wait for the next answer.
+            patience: seconds to wait.
             enough: replicas that will do once ``start_timeout`` is over; default: all. The others may still come, and
                 are said to be late once.
 
         Raises:
-            PoolError: if a replica cannot load (with its own error), or fewer than ``enough`` did within
+            PoolError: if no replica can load (with its own error), or fewer than ``enough`` did within
                 ``start_timeout``.
         """
-        if not self._loading:
-            return True
-        left = max(self._deadline - self._clock(), 0.0)
-        ray.wait(list(self._loading), num_returns=1, timeout=min(left, patience))
-        done, _ = ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)
-        for ref in done:
-            replica = self._loading.pop(ref)
-            try:
-                ray.get(ref, timeout=_SLICE)
-            except ActorDiedError as error:
-                text = plain(error)
-                raise PoolError(
-                    f"pool {self._spec.pool!r}: replica {replica.name!r} could not load: "
-                    f"{text.splitlines()[-1]}\n{text}"
-                ) from None
-            except RayError as error:  # its process died while loading; Ray starts another
-                self._last = plain(error)
-                time.sleep(0.2)
-                self._loading[replica.actor.ping.remote()] = replica
-        if self._loading and not left and not self._late:
-            names = sorted(r.name for r in self._loading.values())
-            text = (
-                f"pool {self._spec.pool!r}: {', '.join(names)} did not load within {self._spec.start_timeout:g} s. "
-                f"Asked for {self._asked.copies} x {_demand(self._asked)}; the cluster has "
-                f"{_cluster()}{f'; last error: {self._last}' if self._last else ''}"
-            )
-            if self._asked.copies - len(names) < (self._asked.copies if enough is None else enough):
-                raise PoolError(text)
-            self._late = True
-            print(f"{text}. The run goes on without.", flush=True)
-        return not self._loading
+        until = self._clock() + patience
+        while not self._ready:
+            look = self.look()
+            if look is not None and look.broken:
+                short = look.broken.splitlines()[-1]
+                raise PoolError(f"pool {self.key!r}: no replica could load: {short}\n{look.broken}")
+            wanted = self._order.asked.copies
+            here = 0 if look is None else sum(r.stage in ("ready", "moving") for r in look.replicas.values())
+            self._ready = here >= wanted
+            if not self._ready and self._clock() >= self._deadline:
+                self._say_late(look, here, wanted if enough is None else enough)
+                break
+            if self._ready or self._clock() >= until:
+                break
+            time.sleep(0.1)
+        return self._ready
 
     def client_spec(self) -> ClientSpec:
         """What a worker needs to make a client: picklable, goes into the workers' configuration."""
         return self._spec
 
+    def look(self) -> Look | None:
+        """How the keeper sees the pool; ``None`` while there is none."""
+        with contextlib.suppress(RayError, ValueError):
+            look: Look | None = ray.get(find_keeper().renew.remote(self._lease), timeout=_CALL)
+            return look
+        return None
+
     def stats(self, timeout: float = 5.0) -> PoolStats:
-        """Ask every replica how it is doing.
+        """Ask every replica that serves how it is doing, now.
 
         Args:
             timeout: seconds for all of them together.
@@ -222,10 +160,15 @@ class Pool:
         Returns:
             What each said; a replica that says nothing is listed, not waited for.
         """
-        refs = {r.actor.ping.remote(): r.name for r in self._spec.replicas}
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
+        look = self.look()
+        unreachable = {n: r.error or r.stage for n, r in look.replicas.items()} if look else {}
+        members: Members | None = None
+        with contextlib.suppress(RayError, ValueError):
+            members = ray.get(find_keeper().members.remote(self.key, -1, 0.0), timeout=_CALL)
+        refs = {actor.ping.remote(): name for name, actor, _ in (members.replicas if members else ())}
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout) if refs else ([], [])
         replicas: dict[str, ReplicaStats] = {}
-        unreachable = {name: f"no answer within {timeout:g} s" for name in refs.values()}
+        unreachable |= {name: f"no answer within {timeout:g} s" for name in refs.values()}
         for ref in done:
             name = refs[ref]
             try:
@@ -236,11 +179,14 @@ class Pool:
         return PoolStats(replicas, unreachable)
 
     def close(self) -> None:
-        """End the replicas; may be called again."""
-        if self._open:
-            self._open = False
-            for replica in self._spec.replicas:
-                ray.kill(replica.actor, no_restart=True)
+        """Give the lease back; may be called again."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._renewer.join(timeout=_CALL)
+        # If this is lost, the lease runs out by itself.
+        with contextlib.suppress(RayError, ValueError):
+            ray.get(find_keeper().release.remote(self._lease), timeout=_CALL)
 
     def __enter__(self) -> Self:
         """The pool itself; leaving the block closes it."""
@@ -254,6 +200,56 @@ class Pool:
     ) -> None:
         """Close."""
         self.close()
+
+    def _take(self) -> str:
+        """Take a lease, from a new keeper if the old one is ending just now."""
+        last, deadline = "", self._clock() + 2 * _CALL
+        while self._clock() < deadline:
+            try:
+                lease: str = ray.get(start_keeper().hold.remote(self._order, self._holder), timeout=_CALL)
+                return lease
+            except (RayError, ValueError) as error:
+                last = plain(error) if isinstance(error, RayError) else str(error)
+                time.sleep(0.5)
+        raise PoolError(f"pool {self.key!r}: the cluster gives no keeper of pools: {last}")
+
+    def _renew(self) -> None:
+        while not self._closed.wait(TTL / 4):
+            try:
+                if ray.get(find_keeper().renew.remote(self._lease), timeout=_CALL) is None:
+                    self._lease = self._take()
+            except (ValueError, GetTimeoutError, RayError, PoolError):
+                # It died, or answers late: a new one starts the pool again.
+                with contextlib.suppress(PoolError):
+                    self._lease = self._take()
+
+    def _say_late(self, look: Look | None, here: int, enough: int) -> None:
+        asked = self._order.asked
+        late = sorted(n for n, r in look.replicas.items() if r.stage == "loading") if look else []
+        last = look.last_error if look else "no keeper answers"
+        text = (
+            f"pool {self.key!r}: {', '.join(late) or 'replicas'} did not load within {self._spec.start_timeout:g} s. "
+            f"Asked for {asked.copies} x {_demand(asked)}; the cluster has {_cluster()}"
+            f"{f'; last error: {last}' if last else ''}"
+        )
+        if here < enough:
+            raise PoolError(text)
+        if not self._late:
+            self._late = True
+            print(f"{text}. The run goes on without.", flush=True)
+
+
+def start_keeper() -> Any:
+    """The cluster's keeper of pools, started if there is none."""
+    options = ray.remote(Keeper).options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_concurrency=_CALLS,
+    )
+    return options.remote()
 
 
 def _demand(asked: Replicas) -> dict[str, float]:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from raydmd.methods.terms import Answer
-    from raydmd.serving.engine import Engine
+    from raydmd.serving.engine import Build
     from raydmd.serving.messages import Request
+    from raydmd.serving.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class ReplicaSettings:
         batch_wait: seconds a request waits for company.
         queue_limit: requests that may wait; more are refused.
         deterministic: deterministic kernels, and no batching across requests.
+        experts: to hold at the start, of a model whose replicas hold some each; empty for all.
+        pool: that it belongs to, for metrics.
     """
 
     name: str
@@ -53,6 +56,8 @@ class ReplicaSettings:
     batch_wait: float = 0.003
     queue_limit: int = 256
     deterministic: bool = False
+    experts: tuple[str, ...] = ()
+    pool: str = ""
 
 
 class ReplicaStats(TypedDict):
@@ -63,7 +68,9 @@ class ReplicaStats(TypedDict):
         incarnation: names the process, so that a restart shows.
         pid: its process id.
         node: its host name.
+        experts: that it holds; empty for all.
         queue: requests waiting now.
+        open: requests that have come and are not answered.
         batches: forwards run.
         items: samples answered.
         requests: requests answered.
@@ -81,7 +88,9 @@ class ReplicaStats(TypedDict):
     incarnation: str
     pid: int
     node: str
+    experts: tuple[str, ...]
     queue: int
+    open: int
     batches: int
     items: int
     requests: int
@@ -106,17 +115,20 @@ class Replica:
 
     def __init__(
         self,
-        build: Callable[[str], Engine],
+        build: Build,
         settings: ReplicaSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         """Load the model and run it once.
 
         Args:
-            build: loads the engine onto a device; picklable, run in this process after every restart too.
+            build: loads the engine onto a device, with some experts or all; run in this process after every restart
+                too.
             settings: how to run.
             clock: seconds.
+            metrics: where figures go, if anywhere.
 
         Raises:
             InputError: if the model cannot be loaded.
@@ -128,7 +140,8 @@ class Replica:
         self._clock = clock
         # One thread: a device runs one forward at a time, and the event loop stays free for pings.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=self._prepare_thread)
-        self._engine = self._executor.submit(build, settings.device).result()
+        self._engine = self._executor.submit(build, settings.device, settings.experts).result()
+        self._experts = settings.experts
         self._executor.submit(self._engine.warm_up).result()
         self._batcher: Batcher[_Job] = Batcher(
             max_items=settings.batch_items,
@@ -140,6 +153,8 @@ class Replica:
         self._pump: asyncio.Task[None] | None = None
         self._histogram: Counter[int] = Counter()
         self._clients: Counter[str] = Counter()
+        self._metrics = metrics
+        self._moving, self._open = False, 0
         self._answered = self._failed = self._refused = 0
         self._busy = 0.0
         self._busy_since: float | None = None
@@ -155,20 +170,50 @@ class Replica:
             The encoded reply.
 
         Raises:
-            ReplicaBusy: the queue is full.
+            ReplicaBusy: the queue is full, or the expert is not here.
             ReplicaFailed: the forward raised for this request alone.
             InputError: the request does not fit this model.
             NonFiniteError: an answer is not finite.
         """
-        request = decode_request(payload)
+        self._open += 1
+        try:
+            return await self._queued(decode_request(payload), payload["client"])
+        finally:
+            self._open -= 1
+
+    async def walk_on(self, payload: RequestWire, before: ReplyWire) -> ReplyWire:
+        """Answer a walk that begins where another one ended, elsewhere; see :meth:`score`."""
+        return await self.score(RequestWire(**{**payload, "x_t": before["value"]}))
+
+    async def hold(self, experts: tuple[str, ...]) -> None:
+        """Answer what is here, then hold other experts; what comes meanwhile is turned away, not lost.
+
+        Raises:
+            InputError: if the experts cannot be loaded; nothing may be answered then until others have been.
+        """
+        self._moving = True
+        while self._open:
+            await asyncio.sleep(0.01)
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.hold, experts)
+        self._experts, self._moving = experts, False
+
+    async def _queued(self, request: Request, client: str) -> ReplyWire:
         size = request.x_t.shape[0]
         if size < 1:
             raise InputError(f"request {request.name!r} has no samples")
+        if self._moving or (self._experts and not self._engine.experts(request) <= {*self._experts}):
+            raise ReplicaBusy(
+                f"replica {self._settings.name!r} has no expert for request {request.name!r}: it holds "
+                f"{', '.join(self._experts)}{' and moves to others' if self._moving else ''}"
+            )
+        came = self._clock()
         job = _Job(request, asyncio.get_running_loop().create_future())
         key = self._engine.key(request)
-        verdict = self._batcher.offer(key, payload["client"], size, job, self._clock())
+        verdict = self._batcher.offer(key, client, size, job, self._clock())
         if isinstance(verdict, Refused):
             self._refused += 1
+            if self._metrics:
+                self._metrics.refused(client, verdict.queued)
             raise ReplicaBusy(
                 f"replica {self._settings.name!r} refused request {request.name!r}: "
                 f"{verdict.queued} requests are waiting"
@@ -176,7 +221,15 @@ class Replica:
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
         self._wake.set()
-        return await job.future
+        try:
+            reply = await job.future
+        except RaydmdError:
+            if self._metrics:
+                self._metrics.failed(client)
+            raise
+        if self._metrics:
+            self._metrics.answered(client, size, self._clock() - came)
+        return reply
 
     async def ping(self) -> ReplicaStats:
         """How it is doing; answered while a forward runs."""
@@ -189,6 +242,8 @@ class Replica:
             incarnation=f"{os.uname().nodename}:{process.pid}:{process.create_time()}",
             pid=process.pid,
             node=os.uname().nodename,
+            experts=self._experts,
+            open=self._open,
             queue=len(self._batcher),
             batches=self._histogram.total(),
             items=self._clients.total(),
@@ -231,6 +286,8 @@ class Replica:
         self._busy_since = None
         items = sum(entry.items for entry in batch)
         self._histogram[items] += 1
+        if self._metrics:
+            self._metrics.ran(items, seconds, len(self._batcher), self._busy)
         for entry, outcome in zip(batch, outcomes, strict=True):
             future = entry.payload.future
             if isinstance(outcome, RaydmdError):

@@ -76,6 +76,9 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
     if recipe.method.adapt and p.reward == "remote":
         bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, {})
         copies["reward"] = p.rewards
+    if p.samplers:
+        bundles["sampler"] = _bundle(p.sampler_cpus, p.sampler_gpus, {})
+        copies["sampler"] = p.samplers
     if (homeless := _pack(bundles, copies, nodes)) is None:
         return
     rows = {f"{n} x {kind}": {k: n * v for k, v in bundles[kind].items()} for kind, n in copies.items()}

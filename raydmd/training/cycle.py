@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from raydmd.pairs.stream import PairStream
     from raydmd.serving.client import Client, Pending
     from raydmd.training.roles import TrainedRole
+    from raydmd.training.sampling import Samplers
     from raydmd.training.stream import Batch, Stream
 
 Agree = Callable[[Exception | None], None]
@@ -76,6 +77,7 @@ class Actors:
         adversary: discriminator and real samples, where the method has a GAN.
         pairs: noise-image pairs, where the method regresses to them.
         distance: of samples to pairs.
+        samplers: draw the fake updates' samples elsewhere, where the run asks for that.
         reference: mean and standard deviation of the teacher's answers when the phase began, which saturation is
             measured by once they are known; until then by the cycle's own.
     """
@@ -95,6 +97,7 @@ class Actors:
     adversary: Adversary | None = None
     pairs: PairStream | None = None
     distance: Distance | None = None
+    samplers: Samplers | None = None
     reference: tuple[float, float] | None = None
 
 
@@ -119,6 +122,9 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     pending += [a.teacher.submit(walk_request(walk, batch, f"cycle {cycle} walk"))] if walk else []
     watch.lap("rollout")
 
+    if a.samplers:
+        slots = [f"fake.{k}" for k in range(a.fake_updates)]
+        a.samplers.ahead(cycle, a.student, a.phase, a.stream, slots, a.agree)
     seen: dict[str, list[float]] = {}
     # The student stands still meanwhile, so the next sample can be judged elsewhere while this one is learnt from.
     for drawn in ahead(draw(a, cycle, f"fake.{k}") for k in range(a.fake_updates)):
@@ -187,6 +193,7 @@ class Drawn:
         batch: positions, conditions and random numbers.
         sample: of the student as it is now, without gradient.
         judged: its rewards, where the method weighs the fake score's loss by them.
+        age: student updates since the weights that it was drawn with.
     """
 
     cycle: int
@@ -194,16 +201,34 @@ class Drawn:
     batch: Batch
     sample: Sample
     judged: Pending | None
+    age: int = 0
 
 
 def draw(a: Actors, cycle: int, purpose: str) -> Drawn:
     """Make a fake update's sample and have it judged."""
     batch = a.stream.batch(cycle, purpose)
-    with torch.no_grad():
-        sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=False)
+    taken = _taken(a, a.samplers, cycle, purpose, batch) if a.samplers else None
+    if taken is not None:
+        sample, age = taken
+    else:
+        age = 0
+        with torch.no_grad():
+            sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=False)
     asked = a.rewards if a.method.adapts_fake else None
     judged = asked.submit(reward_request(sample, batch, f"cycle {cycle} {purpose} reward")) if asked else None
-    return Drawn(cycle=cycle, purpose=purpose, batch=batch, sample=sample, judged=judged)
+    return Drawn(cycle=cycle, purpose=purpose, batch=batch, sample=sample, judged=judged, age=age)
+
+
+def _taken(a: Actors, samplers: Samplers, cycle: int, purpose: str, batch: Batch) -> tuple[Sample, int] | None:
+    """A sample that was drawn elsewhere, and its age; an error is raised by all ranks together."""
+    error: Exception | None = None
+    found: tuple[Sample, int] | None = None
+    try:
+        found = samplers.take(cycle, purpose, batch, a.method, a.phase)
+    except Exception as e:
+        error = e
+    a.agree(error)
+    return found
 
 
 def update_fake(a: Actors, drawn: Drawn) -> dict[str, float]:
@@ -215,6 +240,8 @@ def update_fake(a: Actors, drawn: Drawn) -> dict[str, float]:
         metrics["reward/wait"] = time.perf_counter() - start
     loss, error, t = a.method.fake_loss(a.fake.experts, sample, batch.cond, batch.draws, a.phase, rewards)
     metrics["fake/loss"] = float(loss.detach())
+    if a.samplers:
+        metrics["fake/age"] = float(drawn.age)
     if a.adversary:
         more, found = a.adversary.critic_loss(sample, batch.cond, batch.draws, a.phase, t, a.progress(cycle))
         loss = loss if more is None else loss + more

@@ -44,15 +44,24 @@ def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Deno
         denoiser = family.denoiser(source, dtype=torch.float32)
         if lora is not None:
             add_adapter(denoiser, lora, seed=recipe.seed)
-        state, wanted = load_file(file), own_parameters(denoiser)
-        if wanted.keys() != state.keys():
-            differ = sorted(wanted.keys() ^ state.keys())[:3]
-            raise RunFailed(f"{file} does not hold this student's weights: {differ} differ")
-        with torch.no_grad():
-            for name, p in wanted.items():
-                p.copy_(state[name])
+        fill(denoiser, file)
         found[expert] = denoiser.eval().requires_grad_(False)
     return found
+
+
+def fill(denoiser: Denoiser, file: Path) -> None:
+    """Copy what a role has written of an expert into it.
+
+    Raises:
+        RunFailed: if the file holds other weights.
+    """
+    state, wanted = load_file(file), own_parameters(denoiser)
+    if wanted.keys() != state.keys():
+        differ = sorted(wanted.keys() ^ state.keys())[:3]
+        raise RunFailed(f"{file} does not hold this student's weights: {differ} differ")
+    with torch.no_grad():
+        for name, p in wanted.items():
+            p.copy_(state[name])
 
 
 def lower(recipe: Recipe, denoisers: Mapping[str, nn.Module], device: torch.device) -> None:

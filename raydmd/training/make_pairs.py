@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -16,15 +15,15 @@ from raydmd.models.base import Conditions
 from raydmd.pairs.make import begin, make_pairs
 from raydmd.pairs.manifest import MANIFEST, Manifest
 from raydmd.pairs.origin import folder_of, origin_of
-from raydmd.serving.engine import TeacherEngine, load_teacher_engine
+from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
-from raydmd.serving.pool import Pool
 from raydmd.serving.pool_client import PoolClient
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import training_prompts
 from raydmd.training.folder import locked
+from raydmd.training.pools import teacher_pool
 from raydmd.training.ray_worker import prepare_process
-from raydmd.training.run import build_teacher, quiet, teacher_replicas
+from raydmd.training.run import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,16 +94,17 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
         check_room(_teachers_alone(recipe), living_nodes())
         # Full requests leave no room for another in a forward, so that batches don't depend on timing.
         p = p.model_copy(update={"batch_items": origin.request})
-        pool = Pool.start(
-            teacher_replicas(recipe.model_copy(update={"placement": p})),
-            functools.partial(
-                load_teacher_engine, functools.partial(build_teacher, recipe), str(conditions), origin.latent
-            ),
-            name="pairs/teacher",
-            deterministic=recipe.deterministic,
-            request_timeout=AHEAD * recipe.training.step_timeout,  # each waits for those before it
+        pool = teacher_pool(
+            recipe.model_copy(update={"placement": p}),
+            family,
+            conditions,
+            origin.latent,
+            holder="pairs",
+            timeout=AHEAD * recipe.training.step_timeout,  # each waits for those before it
         )
         with pool:
+            while not pool.loaded(patience=1.0):
+                pass
             yield PoolClient(pool.client_spec(), "pairs")
     finally:
         ray.shutdown()

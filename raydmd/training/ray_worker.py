@@ -24,11 +24,12 @@ from raydmd.models.tokens import TokenGroup
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
-from raydmd.serving.pool_client import ClientSpec, PoolClient
+from raydmd.serving.pool_client import PoolClient
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import EventLog
 from raydmd.training.pairing import open_pairs
 from raydmd.training.ranks import Ranks
+from raydmd.training.sampling import Samplers
 from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
 from raydmd.training.tied import Tied
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.client import Client
+    from raydmd.serving.order import ClientSpec
     from raydmd.training.session import Fits
 
 
@@ -95,6 +97,7 @@ class WorkerConfig:
         conditions: the file of encoded prompts.
         pool: how to reach the teacher; ``None`` loads one here.
         rewards: how to reach the reward models; ``None`` loads them here, if the method asks any.
+        samplers: how to reach the samplers, if the run has any.
         prompts: the training prompts, for rewards that are loaded here.
         real: the file of real samples, where the method has a GAN.
         pairs: the file of the pairs' encoded prompts, if the method has pairs.
@@ -106,6 +109,7 @@ class WorkerConfig:
     conditions: str
     pool: ClientSpec | None
     rewards: ClientSpec | None
+    samplers: ClientSpec | None
     prompts: tuple[str, ...]
     real: str | None
     pairs: str | None
@@ -152,7 +156,7 @@ def train_loop(config: LoopConfig) -> None:
             tied=tied,
         )
         teacher, rewards = clients(c, job, session)
-        Worker(job, teacher, session, events, rewards).run()
+        Worker(job, teacher, session, events, rewards, samplers(c, session)).run()
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
 
@@ -181,6 +185,14 @@ def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
         if session.tokens and isinstance(module, Denoiser):
             session.tokens.share(module)
     return LocalClient(TeacherEngine(experts, job.conditions), alone=session.tokens is None)
+
+
+def samplers(c: WorkerConfig, session: Session) -> Samplers | None:
+    """What draws the fake updates' samples elsewhere, where the run asks for that."""
+    if c.samplers is None:
+        return None
+    client = PoolClient(c.samplers, f"{c.recipe.name}/rank{session.rank}")
+    return Samplers(client, Path(c.folder), every=c.recipe.placement.sampler_lag, rank=session.rank)
 
 
 def reward_client(c: WorkerConfig, session: Session) -> Client | None:

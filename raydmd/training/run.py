@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -23,11 +22,8 @@ from raydmd.data.real import Source, inspect, prepare
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
-from raydmd.models import load_family, load_teacher
+from raydmd.models import load_family
 from raydmd.models.sizes import size_notes, training_latents
-from raydmd.rewards.engine import load_reward_engine
-from raydmd.serving.engine import load_teacher_engine
-from raydmd.serving.pool import Pool, Replicas
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import encode, training_prompts
@@ -35,11 +31,11 @@ from raydmd.training.events import read_lines
 from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.pairing import check_pairs
+from raydmd.training.pools import check_experts, reward_pool, sampler_pool, teacher_pool
 from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
-    from raydmd.models.base import Experts
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
 
@@ -67,9 +63,10 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     family.check_spread(recipe.placement.teacher_gpus)
     family.check_sequence(recipe.placement.sequence, training_latents(family, recipe.data))
     try:
-        build_method(recipe.method, family.routing(), family.process, family.prediction)
+        method = build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
+    check_experts(recipe.placement, method, family.routing())
     for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
         print(f"note: {note}")
     check_instruments(recipe.evaluation)
@@ -119,7 +116,9 @@ def conduct(
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
         largest = max(training_latents(family, recipe.data), key=math.prod)
         # A run that was trained but not evaluated goes on from there.
-        checkpoint = trained(folder) or train(recipe, largest, conditions, prompts, tracker, max_cycles, real, pairs)
+        checkpoint = trained(folder) or train(
+            recipe, family, largest, conditions, prompts, tracker, max_cycles, real, pairs
+        )
         figures, artifacts = finish(recipe, checkpoint, prompts, stop, started=start)
         publish(tracker, figures, artifacts)
     except RunStopped:
@@ -152,6 +151,7 @@ def quiet() -> None:
 
 def train(
     recipe: Recipe,
+    family: Family,
     latent: tuple[int, ...],
     conditions: Path,
     prompts: list[str],
@@ -163,33 +163,16 @@ def train(
     """Run the workers to the end; returns the final checkpoint's folder. The teacher warms up on a ``latent``."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
     with contextlib.ExitStack() as stack:
-        pool = None
-        if p.teacher == "remote":
-            pool = Pool.launch(
-                teacher_replicas(recipe),
-                functools.partial(
-                    load_teacher_engine, functools.partial(build_teacher, recipe), str(conditions), latent
-                ),
-                name=f"{recipe.name}/teacher",
-                deterministic=recipe.deterministic,
-                request_timeout=t.step_timeout,
-            )
-            stack.callback(pool.close)
-        judges = None
-        if recipe.method.adapt and p.reward == "remote":
-            judges = Pool.launch(
-                reward_replicas(recipe),
-                functools.partial(load_reward_engine, recipe, prompts),
-                name=f"{recipe.name}/reward",
-                deterministic=recipe.deterministic,
-                request_timeout=t.step_timeout,
-            )
-            stack.callback(judges.close)
+        pool = stack.enter_context(teacher_pool(recipe, family, conditions, latent)) if p.teacher == "remote" else None
+        asks_judges = recipe.method.adapt and p.reward == "remote"
+        judges = stack.enter_context(reward_pool(recipe, family, prompts)) if asks_judges else None
+        samplers = stack.enter_context(sampler_pool(recipe, conditions)) if p.samplers else None
         config = WorkerConfig(
             recipe=recipe,
             conditions=str(conditions),
             pool=pool.client_spec() if pool else None,
             rewards=judges.client_spec() if judges else None,
+            samplers=samplers.client_spec() if samplers else None,
             prompts=() if judges or not recipe.method.adapt else tuple(prompts),
             real=str(real) if real else None,
             pairs=str(pairs) if pairs else None,
@@ -222,7 +205,7 @@ def train(
         seen = sum(1 for _ in read_lines(events))
         follower = stack.enter_context(Follower(folder, recipe, tracker))
         try:
-            result = fit(trainer, [p for p in (pool, judges) if p])
+            result = fit(trainer, [p for p in (pool, judges, samplers) if p])
         except ray.train.TrainingFailedError as error:
             raise RunFailed(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
@@ -278,39 +261,6 @@ def finish(
     print(table)
     print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
     return figures, [Path(a) for a in artifacts]
-
-
-def teacher_replicas(recipe: Recipe) -> Replicas:
-    """What the teacher's pool gets."""
-    p = recipe.placement
-    return Replicas(
-        copies=p.teachers,
-        cpus=p.teacher_cpus,
-        gpus=p.teacher_gpus,
-        resources=p.teacher_resources,
-        threads=p.threads,
-        batch_items=p.batch_items,
-        batch_wait=p.batch_wait,
-    )
-
-
-def reward_replicas(recipe: Recipe) -> Replicas:
-    """What the reward models' pool gets."""
-    p = recipe.placement
-    return Replicas(
-        copies=p.rewards,
-        cpus=p.reward_cpus,
-        gpus=p.reward_gpus,
-        threads=p.threads,
-        batch_items=p.batch_items,
-        batch_wait=p.batch_wait,
-    )
-
-
-def build_teacher(recipe: Recipe, device: torch.device) -> Experts:
-    """Load the frozen teacher; runs in a replica, which sees its own GPUs alone."""
-    spread = recipe.placement.teacher_gpus > 1
-    return load_teacher(load_family(recipe.model), recipe.training.precision, device=device, spread=spread)
 
 
 def versions() -> dict[str, str]:

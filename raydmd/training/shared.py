@@ -14,6 +14,8 @@ from raydmd.methods.terms import Answer
 from raydmd.serving.client import Client, Pending
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from raydmd.models.tokens import TokenGroup
     from raydmd.serving.messages import Reply, Request
 
@@ -95,6 +97,11 @@ class SharedClient(Client):
     def retries(self) -> int:
         """See :class:`~raydmd.serving.client.Client`; the leader's."""
         return self._inner.retries if self._inner else 0
+
+    def expect(self, experts: Sequence[str]) -> None:
+        """See :class:`~raydmd.serving.client.Client`."""
+        if self._inner:
+            self._inner.expect(experts)
 
     def submit(self, request: Request) -> SharedPending:
         """See :class:`~raydmd.serving.client.Client`."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from raydmd.training.events import EventLog
     from raydmd.training.monitor import Alarm, Measures
     from raydmd.training.pairing import Pairing
+    from raydmd.training.sampling import Samplers
     from raydmd.training.session import Session
     from raydmd.training.tied import Tied
 
@@ -79,13 +80,20 @@ class Worker:
         session: ranks, reports and checkpoints.
         events: what happened, for people and for tests.
         rewards: asks the reward models, where the method adapts to them.
+        samplers: draw the fake updates' samples, where the run asks for that.
     """
 
     def __init__(
-        self, job: Job, teacher: Client, session: Session, events: EventLog, rewards: Client | None = None
+        self,
+        job: Job,
+        teacher: Client,
+        session: Session,
+        events: EventLog,
+        rewards: Client | None = None,
+        samplers: Samplers | None = None,
     ) -> None:
         self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
-        self.teacher, self.rewards = teacher, rewards
+        self.teacher, self.rewards, self.samplers = teacher, rewards, samplers
         self._ranks = Ranks(session)
         self._stop_at, self._stop_file = job.stop_at, job.stop_file
         training = self.recipe.training
@@ -139,6 +147,14 @@ class Worker:
         self.events.write("finished", cycle=self.cycle)
         return "finished"
 
+    def begin(self) -> Actors:
+        """What the next cycle works with, for those who run cycles themselves, e.g. to time them; once, before all."""
+        fresh = self._restore()
+        phase = self.method.phases[self.plan.phase(self.cycle)]
+        if fresh:
+            self._enter(phase, {})
+        return self._actors(phase)
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that a resumed run needs."""
         pairs = self._pairing.tensors() if self._pairing else {}
@@ -148,6 +164,8 @@ class Worker:
         """Run cycles until the phase ends, or the run must stop or go back; returns whether the phase ended."""
         training = self.recipe.training
         end, seen = self.plan.ends[phase.index], dict[str, list[float]]()
+        if self.samplers:
+            self.samplers.begin(end)
         while self.cycle < end:
             factor = self.plan.rate(self.cycle) * self.watch.measures.rate
             rate = self.student.set_rate(factor)
@@ -275,6 +293,7 @@ class Worker:
         finished = tuple(e for p in m.phases[: phase.index] for e in p.student)
         needed = tuple(dict.fromkeys((*finished, *phase.student)))
         self.watch.monitor.begin()
+        self.teacher.expect(m.asks(phase, self.routing))
         self.fake = self.student = None  # type: ignore[assignment]  # their memory is needed for the next ones
         student = {e: students.get(e) or self._student_expert(e) for e in needed}
         self.student = self._role("student", student, phase.student, finished, training.student, routing)
@@ -338,6 +357,7 @@ class Worker:
             fake=self.fake,
             teacher=self.teacher,
             rewards=self.rewards,
+            samplers=self.samplers,
             stream=self.stream,
             latent=self.family.shape().latent,
             fake_updates=self.watch.measures.fake_updates,
@@ -351,7 +371,7 @@ class Worker:
         )
 
     def _warm_up(self, actors: Actors) -> None:
-        warm = replace(actors, stream=self._warmup_stream, progress=lambda _: 0.0)
+        warm = replace(actors, samplers=None, stream=self._warmup_stream, progress=lambda _: 0.0)
         self.fake.set_rate(self.watch.measures.rate)  # the plan's ramp is for the cycles
         rounds = range(self.recipe.training.fake_warmup)
         for drawn in ahead(draw(warm, actors.phase.index, f"warmup.{k}") for k in rounds):

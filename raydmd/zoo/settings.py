@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydmd.recipe import Placement, derive
+from raydmd.recipe import derive
 from raydmd.recipe_evaluation import Evaluation
+from raydmd.recipe_placement import Placement
 
 if TYPE_CHECKING:
     from raydmd.recipe import Recipe

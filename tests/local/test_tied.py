@@ -15,7 +15,8 @@ from raydmd.guidance import Guidance
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
 from raydmd.models.untrained import write
-from raydmd.recipe import Placement, Recipe, Role, Training, derive
+from raydmd.recipe import Recipe, Role, Training, derive
+from raydmd.recipe_placement import Placement
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.training.events import EventLog

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,9 @@ from raydmd.errors import InputError
 from raydmd.guidance import Guidance
 from raydmd.models.base import Conditions, Denoiser, Experts, Routing
 from raydmd.process import RectifiedFlow
+from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.messages import ScoreRequest
+from raydmd.serving.order import Order, Packed, Replicas, pool_key
 
 CPU = torch.device("cpu")
 LATENT = (4, 2)
@@ -47,13 +50,40 @@ class Fragile(Denoiser):
         return torch.where(x_t == 99, torch.nan, out.view_as(x_t))
 
 
-def build(folder: Path, device: torch.device = CPU) -> Experts:
-    """Load the teacher; with a file ``broken`` in the folder it cannot be loaded."""
+ROUTING = Routing(("high", "low"), (0.875,))
+
+
+def build(folder: Path, device: torch.device = CPU, experts: tuple[str, ...] = ()) -> Experts:
+    """Load the teacher or some of its experts; with a file ``broken`` in the folder it cannot be loaded."""
     assert device == CPU
     if (folder / "broken").exists():
         raise InputError("the weights are gone")
-    modules = {"high": Fragile(folder, 0), "low": Fragile(folder, 1)}
-    return Experts(modules, Routing(("high", "low"), (0.875,)), RectifiedFlow(), "flow")
+    modules = {
+        name: Fragile(folder, seed) for seed, name in enumerate(ROUTING.experts) if name in experts or not experts
+    }
+    return Experts(modules, ROUTING, RectifiedFlow(), "flow")
+
+
+def order(
+    folder: Path,
+    *,
+    copies: int,
+    deterministic: bool = False,
+    batch_wait: float = 0.003,
+    warm: bool = True,
+    **asked: Any,
+) -> tuple[Order, str]:
+    """A pool of such teachers with a key of its own, and its conditions file."""
+    load, file = teacher(folder)
+    replicas = Replicas(**{"copies": copies, "cpus": 0.1, "batch_wait": batch_wait, **asked})
+    made = Order(
+        key=pool_key("teacher", {"folder": str(folder), "asked": str(replicas), "deterministic": deterministic}),
+        build=Packed.of(partial(load_teacher_engine, load, file, LATENT if warm else None)),
+        asked=replicas,
+        deterministic=deterministic,
+        routing=ROUTING if replicas.each else None,
+    )
+    return made, file
 
 
 def teacher(folder: Path) -> tuple[partial[Experts], str]:

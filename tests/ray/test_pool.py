@@ -1,10 +1,9 @@
 """Real replicas in real processes, some of which die."""
 
-import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import helpers
@@ -14,11 +13,12 @@ import ray
 import torch
 
 from raydmd.errors import InputError, NonFiniteError, PoolError, PoolExhausted, ScoreTimeout
-from raydmd.serving.engine import TeacherEngine, load_teacher_engine
+from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.serving.messages import ScoreRequest
-from raydmd.serving.pool import Pool, Replicas
-from raydmd.serving.pool_client import ClientSpec, PoolClient
+from raydmd.serving.order import ClientSpec, find_keeper
+from raydmd.serving.pool import Pool
+from raydmd.serving.pool_client import PoolClient
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -51,15 +51,16 @@ def start(
     batch_wait: float = 0.003,
     request_timeout: float = 60.0,
     attempt_timeout: float | None = None,
+    **asked: int,
 ) -> Pool:
-    build, conditions = helpers.teacher(folder)
+    order, file = helpers.order(folder, copies=teachers, deterministic=deterministic, batch_wait=batch_wait, **asked)
     return Pool.start(
-        Replicas(copies=teachers, cpus=0.1, batch_wait=batch_wait),
-        functools.partial(load_teacher_engine, build, conditions, helpers.LATENT),
-        deterministic=deterministic,
+        order,
+        "test",
         start_timeout=220,
         request_timeout=request_timeout,
         attempt_timeout=attempt_timeout,
+        table=file,
     )
 
 
@@ -95,6 +96,13 @@ def pids(pool: Pool) -> dict[str, int]:
     raise AssertionError(f"replicas stay away: {stats.unreachable}")
 
 
+def _until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def kill(pid: int) -> None:
     process = psutil.Process(pid)
     os.kill(pid, signal.SIGKILL)
@@ -108,7 +116,7 @@ def test_a_pool_equals_a_local_teacher_bit_for_bit(client: PoolClient, pool: Poo
     for request, reply in zip(requests, replies, strict=True):
         assert torch.equal(reply.answer.value, expected(folder, request))
         assert reply.batch_items == request.x_t.shape[0]
-    assert {r.replica for r in replies} == {"teacher/0", "teacher/1"}
+    assert {r.replica for r in replies} == {f"{pool.key}/0", f"{pool.key}/1"}
     again = PoolClient(pool.client_spec(), "another client")
     assert again.submit(requests[0]).result().replica == replies[0].replica
     assert client.retries == 0
@@ -154,14 +162,14 @@ def test_workers_make_clients_of_their_own(pool: Pool, folder: Path) -> None:
 
 def test_a_replica_killed_while_idle(client: PoolClient, pool: Pool, folder: Path) -> None:
     before = pids(pool)
-    kill(before["teacher/0"])
+    kill(before[f"{pool.key}/0"])
     requests = [helpers.ask(100 + i) for i in range(8)]
     pending = [client.submit(r) for r in requests]
     for request, p in zip(requests, pending, strict=True):
         assert torch.equal(p.result().answer.value, expected(folder, request))
     after = pids(pool)
-    assert after["teacher/0"] != before["teacher/0"]
-    assert after["teacher/1"] == before["teacher/1"]
+    assert after[f"{pool.key}/0"] != before[f"{pool.key}/0"]
+    assert after[f"{pool.key}/1"] == before[f"{pool.key}/1"]
 
 
 def test_a_replica_killed_while_serving(client: PoolClient, pool: Pool, folder: Path) -> None:
@@ -224,10 +232,10 @@ def test_requests_of_several_clients_share_forwards(tmp_path: Path) -> None:
         for request, reply in zip(requests, replies, strict=True):
             torch.testing.assert_close(reply.answer.value, expected(tmp_path, request), atol=1e-4, rtol=1e-4)
         assert max(r.batch_items for r in replies) > 2
-        stats = pool.stats().replicas["teacher/0"]
+        stats = pool.stats().replicas[f"{pool.key}/0"]
         assert stats["clients"] == {"rank 0": 8, "rank 1": 8}
         assert stats["batches"] < 8
-    assert pool.stats(20.0).unreachable.keys() == {"teacher/0"}
+    _until(lambda: ray.get(find_keeper().members.remote(pool.key, -1, 0.0)) is None)  # the last lease was given back
 
 
 def test_no_replica_left_is_said_within_the_deadline(tmp_path: Path) -> None:
@@ -235,39 +243,37 @@ def test_no_replica_left_is_said_within_the_deadline(tmp_path: Path) -> None:
         client = PoolClient(pool.client_spec(), "rank 0")
         client.submit(helpers.ask(0)).result()
         (tmp_path / "broken").touch()
-        kill(pids(pool)["teacher/0"])
+        kill(pids(pool)[f"{pool.key}/0"])
         began = time.monotonic()
         with pytest.raises((PoolExhausted, ScoreTimeout)) as caught:
             client.submit(helpers.ask(1)).result()
         assert time.monotonic() - began < 25
-        for part in ("'teacher'", "teacher/0 dead", "'request 1'", "the weights are gone"):
+        for part in (repr(pool.key), "'request 1'", "the weights are gone"):
             assert part in str(caught.value)
 
 
 def test_a_teacher_that_cannot_load_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    with pytest.raises(PoolError, match=r"'teacher/0' could not load: .*InputError: the weights") as e:
+    with pytest.raises(PoolError, match=r"no replica could load: .*InputError: the weights") as e:
         start(tmp_path, teachers=1)
     assert "\x1b" not in str(e.value)
 
 
 def test_a_pool_that_does_not_fit_says_what_is_missing(tmp_path: Path) -> None:
-    build, conditions = helpers.teacher(tmp_path)
-    asked = Replicas(copies=1, cpus=0.5, resources={"teacher": 1})
-    load = functools.partial(load_teacher_engine, build, conditions, None)
+    order, _ = helpers.order(tmp_path, copies=1, cpus=0.5, resources={"teacher": 1}, warm=False)
     with pytest.raises(PoolError, match=r"did not load within 3 s.*'teacher': 1.*free: .*CPU"):
-        Pool.start(asked, load, start_timeout=3)
+        Pool.start(order, "test", start_timeout=3)
 
 
 def test_a_late_replica_is_missed_only_where_all_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build, conditions = helpers.teacher(tmp_path)
-    load = functools.partial(load_teacher_engine, build, conditions, None)
-    now, asked = [0.0], Replicas(copies=2, cpus=0.6 * ray.cluster_resources()["CPU"])  # one of them fits
-    with Pool.launch(asked, load, start_timeout=100, clock=lambda: now[0]) as pool:
+    cpus = 0.6 * ray.cluster_resources()["CPU"]  # one of them fits
+    order, _ = helpers.order(tmp_path, copies=2, cpus=cpus, warm=False)
+    now = [0.0]
+    with Pool(order, "test", start_timeout=100, clock=lambda: now[0]) as pool:
         real = time.monotonic() + 60
         while not pool.stats(timeout=1.0).replicas:
             assert time.monotonic() < real
-        assert not pool.loaded(5.0)
+        assert not pool.loaded()
         now[0] = 101.0
         with pytest.raises(PoolError, match="did not load within 100 s"):
             pool.loaded()

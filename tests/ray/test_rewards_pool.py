@@ -1,6 +1,5 @@
 """Rewards served by real replicas."""
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,17 @@ from raydmd.recipe import Recipe, derive
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.local import LocalClient
 from raydmd.serving.messages import RewardRequest
-from raydmd.serving.pool import Pool, Replicas
 from raydmd.serving.pool_client import PoolClient
+from raydmd.training.pools import reward_pool
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 PROMPTS = ["a red bag moving left fast", "something moving up", "something", "a blue coat"]
 
 
 def test_the_zoo_s_reward_in_a_pool_equals_the_local_one(tmp_path: Path) -> None:
-    recipe = derive(Recipe(output=tmp_path), {"model.path": "wan22-tiny", "method.name": "amd"})
-    shape = load_family(recipe.model).shape().latent
+    recipe = derive(Recipe(output=tmp_path), {"model.path": "wan22-tiny", "method.name": "amd", "deterministic": True})
+    family = load_family(recipe.model)
+    shape = family.shape().latent
     generator = torch.Generator().manual_seed(0)
     request = RewardRequest(x_t=torch.randn(4, *shape, generator=generator), conditions=(1, 2, 3, 4), name="four")
     expected = LocalClient(load_reward_engine(recipe, PROMPTS, "cpu")).submit(request).result().answer.value
@@ -35,8 +35,7 @@ def test_the_zoo_s_reward_in_a_pool_equals_the_local_one(tmp_path: Path) -> None
         runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}},
     )
     try:
-        load = functools.partial(load_reward_engine, recipe, PROMPTS)
-        with Pool.start(Replicas(copies=1, cpus=0.1), load, deterministic=True, start_timeout=220) as pool:
+        with reward_pool(recipe, family, PROMPTS) as pool:
             answer = PoolClient(pool.client_spec(), "rank 0").submit(request).result().answer.value
     finally:
         ray.shutdown()

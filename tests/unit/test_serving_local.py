@@ -207,7 +207,21 @@ def test_local_teacher_answers_eagerly_and_raises_late() -> None:
 
 
 def test_the_pure_modules_bring_in_no_ray() -> None:
-    modules = ("batcher", "health", "router", "codec", "local", "client", "messages", "replica")
+    modules = [
+        "batcher",
+        "client",
+        "codec",
+        "engine",
+        "fleet",
+        "health",
+        "leases",
+        "local",
+        "messages",
+        "replica",
+        "router",
+        "scaling",
+        "teacher",
+    ]
     imports = "; ".join(f"import raydmd.serving.{m}" for m in modules)
     check = "import sys; assert not {'ray', 'diffusers', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, timeout=120)

@@ -55,7 +55,7 @@ def make(tmp_path: Path, gated: Gated, *, queue_limit: int = 100, deterministic:
         deterministic=deterministic,
     )
     experts = Experts({"only": gated}, Routing(("only",)), RectifiedFlow(), "x0")
-    build = functools.partial(load_teacher_engine, lambda _: experts, str(file), (3,))
+    build = functools.partial(load_teacher_engine, lambda *_: experts, str(file), (3,))
     return Replica(build, settings)
 
 
@@ -159,7 +159,7 @@ def test_conditions_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     experts = Experts({"only": Gated()}, Routing(("only",)), RectifiedFlow(), "x0")
     with pytest.raises(InputError, match=r"conditions .*missing\.safetensors"):
         Replica(
-            functools.partial(load_teacher_engine, lambda _: experts, str(tmp_path / "missing.safetensors"), None),
+            functools.partial(load_teacher_engine, lambda *_: experts, str(tmp_path / "missing.safetensors"), None),
             settings,
         )
     flat, other = tmp_path / "flat.safetensors", tmp_path / "other.safetensors"
@@ -167,4 +167,4 @@ def test_conditions_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     save_file({"wrong": torch.zeros(3)}, other)
     for file, message in ((flat, r"\(N, L, D\), given \(3,\)"), (other, "embeds")):
         with pytest.raises(InputError, match=message):
-            Replica(functools.partial(load_teacher_engine, lambda _: experts, str(file), None), settings)
+            Replica(functools.partial(load_teacher_engine, lambda *_: experts, str(file), None), settings)

@@ -9,7 +9,8 @@ import yaml
 
 from raydmd.errors import InputError, RunFailed
 from raydmd.models.base import Conditions
-from raydmd.recipe import Placement, Recipe, Training, derive
+from raydmd.recipe import Recipe, Training, derive
+from raydmd.recipe_placement import Placement
 from raydmd.training.cluster import check_room, connect
 from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan

@@ -1,0 +1,110 @@
+"""No tax: raydmd's step against a plain PyTorch loop (``plain_loop.py``) that does the same work.
+
+    python benchmarks/serving/tax.py         four minutes
+
+- One thread each: raydmd with a teacher in its own process. Must take at most 1.03 times the loop's time.
+- Two cores: raydmd with one thread and a pool's replica with the other, the loop with two threads. Must be faster.
+
+Both distil ``sd35-tiny`` by DMD2. Each cycle is run by all in turn, with rollouts that leave at the same steps; a
+cycle's floating point operations are counted to be the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import pools
+import torch
+from plain_loop import Loop
+from runs import FAKE_UPDATES, conditions, cycles, dmd2
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydmd.draws import Draws
+from raydmd.models import load_family, load_teacher
+from raydmd.models.base import Conditions
+from raydmd.models.places import locate
+from raydmd.serving.engine import TeacherEngine
+from raydmd.serving.local import LocalClient
+from raydmd.serving.pool_client import PoolClient
+from raydmd.training.pools import teacher_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROUNDS = 25
+WARM = 3
+MOST = 1.03
+THREADS = {"loop": 1, "local": 1, "loop, two threads": 2, "remote": 1}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="tax-") as folder, pools.cluster():
+        path = Path(folder)
+        recipe = dmd2(path)
+        family = load_family(recipe.model)
+        latent, table = family.shape().latent, conditions(recipe, family)
+        pipeline = Path(locate(recipe.model).settings.path)
+        teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
+        with teacher_pool(recipe, family, table, latent) as pool:
+            while not pool.loaded(patience=1.0):
+                pass
+            plain = [Loop(pipeline, table, batch=8, steps=4, latent=latent) for _ in range(2)]
+            local = cycles(dmd2(path, name="local"), LocalClient(TeacherEngine(teacher, Conditions.read(table))))
+            remote = cycles(dmd2(path, name="remote"), PoolClient(pool.client_spec(), "tax/0"))
+            run: dict[str, Callable[[int], object]] = {
+                "loop": lambda k: plain[0].step(exits(recipe.seed, k)),
+                "local": local,
+                "loop, two threads": lambda k: plain[1].step(exits(recipe.seed, k)),
+                "remote": remote,
+            }
+            flops = {name: counted(run[name]) for name in ("loop", "local")}
+            if abs(flops["local"] / flops["loop"] - 1) > 1e-3:
+                raise SystemExit(f"not the same work: {flops}")
+            found: dict[str, list[float]] = {name: [] for name in run}
+            for k in range(1, ROUNDS + WARM + 1):
+                for name, cycle in run.items():
+                    torch.set_num_threads(THREADS[name])
+                    start = time.perf_counter()
+                    cycle(k)
+                    if k > WARM:
+                        found[name].append(time.perf_counter() - start)
+    against = {"loop": "loop", "local": "loop", "loop, two threads": "loop, two threads", "remote": "loop, two threads"}
+    rows = [
+        {
+            "step": name,
+            "threads": "1 + 1" if name == "remote" else str(THREADS[name]),
+            "seconds": median(found[name]),
+            "ratio": median(a / b for a, b in zip(found[name], found[against[name]], strict=True)),
+            "cycles": found[name],
+        }
+        for name in run
+    ]
+    pools.show(
+        "tax",
+        {"step": "step:", "threads": "threads:", "seconds": "s:.3f", "ratio": "of the loop with as many:.3f"},
+        rows,
+        {"rounds": ROUNDS, "model": "sd35-tiny", "flops": flops},
+    )
+    met = rows[1]["ratio"] <= MOST and rows[3]["ratio"] < 1
+    print(f"{'met' if met else 'NOT MET'}: local at most {MOST}, remote faster")
+
+
+def exits(seed: int, cycle: int) -> list[int]:
+    """Where raydmd's rollouts of a cycle leave, the student's first."""
+    slots = ["student", *(f"fake.{k}" for k in range(FAKE_UPDATES))]
+    return [int(Draws(seed, f"{cycle}/{slot}", ()).shared("exit") * 4) for slot in slots]
+
+
+def counted(cycle: Callable[[int], object]) -> int:
+    """Floating point operations of the first cycle."""
+    with FlopCounterMode(display=False) as counter:
+        cycle(0)
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()
