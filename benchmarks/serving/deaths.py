@@ -60,7 +60,7 @@ def steered(folder: str, device: str, experts: tuple[str, ...] = ()) -> Steered:
     """Build one; with a file ``broken`` it cannot be loaded."""
     if (Path(folder) / "broken").exists():
         raise InputError("the weights are gone")
-    loaded = pools.build(4, torch.device(device), experts)
+    loaded = pools.build(4, pools.WIDTH, torch.device(device), experts)
     for module in loaded.modules.values():
         module.eval().requires_grad_(False)
     engine = Steered(loaded, Conditions.read(Path(pools.table(Path(folder)))))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 import torch
 from torch import Tensor, nn
@@ -32,24 +33,24 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 ROWS = 64
-WIDTH = 64
+WIDTH = 32
 TOKENS = 16
 ROUTING = Routing(("high", "low"), (0.8,))
 
 
 class Net(Denoiser):
-    """A residual network over latents of any shape of 4 channels: many small operations, as real ones have."""
+    """A residual network over latents of any shape of 4 channels."""
 
-    def __init__(self, seed: int, blocks: int) -> None:
+    def __init__(self, seed: int, blocks: int, width: int) -> None:
         torch.manual_seed(seed)
         layers = [
-            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
             for _ in range(blocks)
         ]
         network = nn.ModuleDict(
-            {"enter": nn.Linear(4, WIDTH), "layers": nn.ModuleList(layers), "leave": nn.Linear(WIDTH, 4)}
+            {"enter": nn.Linear(4, width), "layers": nn.ModuleList(layers), "leave": nn.Linear(width, 4)}
         )
-        super().__init__(network, (), width=WIDTH, autocast=torch.float32)
+        super().__init__(network, (), width=width, autocast=torch.float32)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """See :class:`Denoiser`."""
@@ -61,29 +62,33 @@ class Net(Denoiser):
         return out.transpose(1, 2).reshape_as(x_t)
 
 
-def build(blocks: int, device: torch.device, experts: tuple[str, ...] = ()) -> Experts:
+def build(blocks: int, width: int, device: torch.device, experts: tuple[str, ...] = ()) -> Experts:
     """A teacher of two experts."""
     modules = {
-        name: Net(seed, blocks).to(device)
+        name: Net(seed, blocks, width).to(device)
         for seed, name in enumerate(ROUTING.experts)
         if name in (experts or ROUTING.experts)
     }
     return Experts(modules, ROUTING, RectifiedFlow(), "flow")
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, width: int = WIDTH) -> str:
     """A file of random conditions."""
-    file = folder / "conditions.safetensors"
+    file = folder / f"conditions-{width}.safetensors"
     draw = torch.Generator().manual_seed(1)
-    Conditions(embeds=torch.randn(ROWS, 4, WIDTH, generator=draw)).save(file)
+    Conditions(embeds=torch.randn(ROWS, 4, width, generator=draw)).save(file)
     return str(file)
 
 
-def teacher(folder: Path, *, blocks: int = 16, deterministic: bool = False, mark: str = "", **asked: Any) -> Order:
+def teacher(
+    folder: Path, *, blocks: int = 16, width: int = WIDTH, deterministic: bool = False, mark: str = "", **asked: Any
+) -> Order:
     """A pool of such teachers."""
     replicas = Replicas(**{"copies": 1, "cpus": 0.1, **asked})
-    load = partial(load_teacher_engine, partial(build, blocks), table(folder), (4, 8, 8))
-    key = pool_key("teacher", {"blocks": blocks, "asked": str(replicas), "exact": deterministic, "mark": mark})
+    load = partial(load_teacher_engine, partial(build, blocks, width), table(folder, width), (4, 8, 8))
+    key = pool_key(
+        "teacher", {"blocks": blocks, "width": width, "asked": str(replicas), "exact": deterministic, "mark": mark}
+    )
     routing = ROUTING if replicas.each else None
     return Order(key=key, build=Packed.of(load), asked=replicas, deterministic=deterministic, routing=routing)
 
@@ -153,6 +158,24 @@ def cluster(**options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def set_apart(*names: str) -> None:
+    """Give the busiest thread of some actors the last core, and keep all other actors and Ray's own to the others.
+
+    Where a replica has a device and cores of its own, as it has on a cluster, nothing else runs where its forwards do.
+
+    Args:
+        *names: of actor classes, by their beginnings.
+    """
+    last = (os.cpu_count() or 2) - 1
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            named = " ".join(process.cmdline()).startswith(tuple(f"ray::{name}" for name in names))
+            threads = sorted(process.threads(), key=lambda t: t.user_time)
+            for thread in threads:
+                apart = named and thread is threads[-1]
+                os.sched_setaffinity(thread.id, {last} if apart else set(range(last + named)))
 
 
 def show(name: str, columns: dict[str, str], rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -32,7 +32,13 @@ def dmd2(folder: Path, **changes: Any) -> Recipe:
         {
             "model.path": "sd35-tiny",
             "method": {"name": "dmd2", "steps": 4, "shift": 3.0, "guidance": 3.5},
-            "training": {"batch": 8, "fake_updates": FAKE_UPDATES, "precision": "fp32", "ema": 0.0},
+            "training": {
+                "batch": 8,
+                "fake_updates": FAKE_UPDATES,
+                "precision": "fp32",
+                "ema": 0.0,
+                "student": {"lora": None},
+            },
             "monitor.diversity": None,
             **changes,
         },

@@ -47,7 +47,7 @@ class Asker:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         self._client = PoolClient(spec, f"bench/{number}")
-        experts = pools.build(BLOCKS, torch.device("cpu"))
+        experts = pools.build(BLOCKS, pools.WIDTH, torch.device("cpu"))
         for module in experts.modules.values():
             module.eval().requires_grad_(False)
         self._local = LocalClient(TeacherEngine(experts, Conditions.read(Path(table))))

@@ -93,11 +93,14 @@ class _Bucket(Generic[T]):
     def pull(self, max_items: int, max_requests: int | None) -> list[Entry[T]]:
         batch: list[Entry[T]] = []
         room = max_items
-        while self.lines and (max_requests is None or len(batch) < max_requests):
-            client, line = next(iter(self.lines.items()))
-            # An oversized request goes alone. None that would fit overtakes it, or it starves.
+        passed: set[str] = set()
+        while room > 0 and len(passed) < len(self.lines) and (max_requests is None or len(batch) < max_requests):
+            client, line = next((c, q) for c, q in self.lines.items() if c not in passed)
+            # An oversized request goes alone. One that does not fit lets others fill this batch, and stays in front:
+            # it is the first of the next one, so nothing starves.
             if batch and line[0].items > room:
-                break
+                passed.add(client)
+                continue
             entry = line.popleft()
             batch.append(entry)
             room -= entry.items

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raydmd.draws import Draws
+
+# Arrays from the object store are read-only, and torch has no read-only tensors: it warns, once in a process. Nothing
+# here writes to them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 class ArrayWire(TypedDict):
@@ -82,10 +89,7 @@ def encode_array(tensor: Tensor) -> ArrayWire:
 
 def decode_array(wire: ArrayWire) -> Tensor:
     """The tensor of a wire array, on the CPU. It shares the array's memory: nobody may write to it in place."""
-    with warnings.catch_warnings():
-        # Arrays from the object store are read-only, and torch has no read-only tensors. Nothing here writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(wire["data"])
+    tensor = torch.from_numpy(wire["data"])
     return tensor.view(torch.bfloat16) if wire["bf16"] else tensor
 
 

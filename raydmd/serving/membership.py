@@ -21,6 +21,8 @@ _PROBE_TIMEOUT = 10.0
 _POLL = 30.0
 """Seconds that the keeper holds back a question for news of members."""
 _ASK_AGAIN = 1.0
+_LOOK = 0.05
+"""Seconds between two looks for news: each costs more than a small request."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Membership:
         self.broken = self.error = ""
         self._version = -1
         self._news: Any = None
-        self._ask_at = 0.0
+        self._ask_at = self._look_at = 0.0
         self._wants: tuple[str, ...] = ()
 
     def present(self) -> list[tuple[str, Known]]:
@@ -75,7 +77,10 @@ class Membership:
         return [r for r in [self._news, *(known.probe for _, known in self.present())] if r is not None]
 
     def follow(self, now: float) -> None:
-        """Take in news and ask for the next. Never blocks."""
+        """Take in news and ask for the next, where it is time to look. Never blocks."""
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK
         self._listen(now)
         self._probe(now)
 

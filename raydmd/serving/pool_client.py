@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from raydmd.errors import PoolExhausted, RaydmdError, ScoreTimeout
 from raydmd.methods.terms import Answer
 from raydmd.serving.client import Client, Pending, ReplicaBusy, ReplicaFailed
-from raydmd.serving.codec import decode_reply, encode_request
+from raydmd.serving.codec import ArrayWire, RequestWire, decode_reply, encode_request
 from raydmd.serving.membership import FETCH_TIMEOUT, Membership
 from raydmd.serving.messages import split
 from raydmd.serving.order import plain
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from raydmd.serving.order import ClientSpec
 
 _SLICE = 0.2
+INLINE = 64 << 10
+"""Bytes up to which a request travels within the call: the object store costs more than the copy."""
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
 
 
@@ -60,6 +62,8 @@ class _Attempt:
     @property
     def replica(self) -> str:
         """Who is at it: the one whose leg is not over, or has failed."""
+        if len(self.replicas) == 1:
+            return self.replicas[0]
         done = set(ray.wait(self.refs, num_returns=len(self.refs), timeout=0)[0])
         for ref, name in zip(self.refs, self.replicas, strict=True):
             if ref not in done or _failed(ref):
@@ -159,9 +163,8 @@ class PoolClient(Client):
             self._meet()
             self._met = True
         now = self._clock()
-        # Stored once: a resend cannot see later changes of the tensors, and costs no second copy.
         parts = split(request, self._spec.routing)
-        legs = [_Leg(ray.put(encode_request(part, self._id, self._spec.table)), experts) for part, experts in parts]
+        legs = [_Leg(_kept(encode_request(part, self._id, self._spec.table)), experts) for part, experts in parts]
         pending = PoolPending(self, request, legs, now)
         self._open.add(pending)
         self._members.follow(now)
@@ -338,6 +341,18 @@ class PoolClient(Client):
             f"({pending.sends} sent, {pending.refusals} refused); replicas: {views}; "
             f"last error: {last}{lost}"
         )
+
+
+def _kept(wire: RequestWire) -> Any:
+    """A request as it is now, for as often as it is sent: a large one in the object store, a small one as it goes."""
+    arrays = [a for a in (wire["x_t"], wire["t"]) if a is not None]
+    if sum(a["data"].nbytes for a in arrays) > INLINE:
+        return ray.put(wire)
+    return RequestWire(**{**wire, "x_t": _copied(wire["x_t"]), "t": wire["t"] and _copied(wire["t"])})
+
+
+def _copied(wire: ArrayWire) -> ArrayWire:
+    return ArrayWire(data=wire["data"].copy(), bf16=wire["bf16"])
 
 
 def _failed(ref: Any) -> bool:

@@ -7,10 +7,10 @@ wraps it with ``ray.remote``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -22,10 +22,11 @@ from raydmd.serving.batcher import Batcher, Entry, Refused
 from raydmd.serving.client import ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
 from raydmd.serving.engine import answer_each
+from raydmd.serving.forward import ForwardThread
 from raydmd.serving.messages import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from raydmd.methods.terms import Answer
     from raydmd.serving.engine import Build
@@ -108,6 +109,7 @@ class ReplicaStats(TypedDict):
 class _Job:
     request: Request
     future: asyncio.Future[ReplyWire]
+    came: float
 
 
 class Replica:
@@ -138,19 +140,16 @@ class Replica:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._settings = settings
         self._clock = clock
-        # One thread: a device runs one forward at a time, and the event loop stays free for pings.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=self._prepare_thread)
-        self._engine = self._executor.submit(build, settings.device, settings.experts).result()
-        self._experts = settings.experts
-        self._executor.submit(self._engine.warm_up).result()
-        self._batcher: Batcher[_Job] = Batcher(
+        batcher: Batcher[_Job] = Batcher(
             max_items=settings.batch_items,
             max_wait=settings.batch_wait,
             max_queue=settings.queue_limit,
             exact=settings.deterministic,
         )
-        self._wake = asyncio.Event()
-        self._pump: asyncio.Task[None] | None = None
+        self._forward = ForwardThread(batcher, self._serve, self._prepare_thread, clock)
+        self._engine = self._forward.run(lambda: build(settings.device, settings.experts)).result()
+        self._experts = settings.experts
+        self._forward.run(self._engine.warm_up).result()
         self._histogram: Counter[int] = Counter()
         self._clients: Counter[str] = Counter()
         self._metrics = metrics
@@ -194,7 +193,7 @@ class Replica:
         self._moving = True
         while self._open:
             await asyncio.sleep(0.01)
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.hold, experts)
+        await asyncio.wrap_future(self._forward.run(lambda: self._engine.hold(experts)))
         self._experts, self._moving = experts, False
 
     async def _queued(self, request: Request, client: str) -> ReplyWire:
@@ -206,10 +205,9 @@ class Replica:
                 f"replica {self._settings.name!r} has no expert for request {request.name!r}: it holds "
                 f"{', '.join(self._experts)}{' and moves to others' if self._moving else ''}"
             )
-        came = self._clock()
-        job = _Job(request, asyncio.get_running_loop().create_future())
+        job = _Job(request, asyncio.get_running_loop().create_future(), self._clock())
         key = self._engine.key(request)
-        verdict = self._batcher.offer(key, client, size, job, self._clock())
+        verdict = self._forward.offer(key, client, size, job)
         if isinstance(verdict, Refused):
             self._refused += 1
             if self._metrics:
@@ -218,18 +216,7 @@ class Replica:
                 f"replica {self._settings.name!r} refused request {request.name!r}: "
                 f"{verdict.queued} requests are waiting"
             )
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._run())
-        self._wake.set()
-        try:
-            reply = await job.future
-        except RaydmdError:
-            if self._metrics:
-                self._metrics.failed(client)
-            raise
-        if self._metrics:
-            self._metrics.answered(client, size, self._clock() - came)
-        return reply
+        return await job.future
 
     async def ping(self) -> ReplicaStats:
         """How it is doing; answered while a forward runs."""
@@ -244,7 +231,7 @@ class Replica:
             node=os.uname().nodename,
             experts=self._experts,
             open=self._open,
-            queue=len(self._batcher),
+            queue=self._forward.queued(),
             batches=self._histogram.total(),
             items=self._clients.total(),
             requests=self._answered,
@@ -258,40 +245,34 @@ class Replica:
             rss=process.memory_info().rss,
         )
 
-    async def _run(self) -> None:
-        while True:
-            batch = self._batcher.take(self._clock())
-            if batch is not None:
-                await self._serve(batch)
-                continue
-            self._wake.clear()
-            due = self._batcher.next_due()
-            pause = None if due is None else max(0.0, due - self._clock())
-            try:
-                await asyncio.wait_for(self._wake.wait(), pause)
-            except TimeoutError:
-                continue
-
-    async def _serve(self, batch: list[Entry[_Job]]) -> None:
+    def _serve(self, batch: list[Entry[_Job]]) -> None:
+        """Run a batch, in the forward thread."""
         start = self._busy_since = self._clock()
         requests = [entry.payload.request for entry in batch]
-        outcomes: list[Answer | RaydmdError]
+        outcomes: Sequence[Answer | RaydmdError]
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._forward, requests)
-        except Exception as error:  # nothing may end the pump, or every later request would hang
+            outcomes = answer_each(self._engine, requests, who=self._settings.name)
+        except BaseException as error:  # nothing may end the thread, or every later request would hang
             text = f"replica {self._settings.name!r}: {type(error).__name__}: {error}"
             outcomes = [ReplicaFailed(text) for _ in batch]
         seconds = self._clock() - start
-        self._busy += seconds
-        self._busy_since = None
+        self._busy, self._busy_since = self._busy + seconds, None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            batch[0].payload.future.get_loop().call_soon_threadsafe(self._deliver, batch, outcomes, seconds)
+
+    def _deliver(self, batch: list[Entry[_Job]], outcomes: Sequence[Answer | RaydmdError], seconds: float) -> None:
         items = sum(entry.items for entry in batch)
         self._histogram[items] += 1
-        if self._metrics:
-            self._metrics.ran(items, seconds, len(self._batcher), self._busy)
+        now, served = self._clock(), dict[str, tuple[int, float]]()
         for entry, outcome in zip(batch, outcomes, strict=True):
             future = entry.payload.future
+            good = not isinstance(outcome, RaydmdError)
+            before, longest = served.get(entry.client, (0, 0.0))
+            served[entry.client] = before + good * entry.items, max(longest, now - entry.payload.came)
             if isinstance(outcome, RaydmdError):
                 self._failed += 1
+                if self._metrics:
+                    self._metrics.failed(entry.client)
                 if not future.done():
                     future.set_exception(outcome)
                 continue
@@ -300,9 +281,8 @@ class Replica:
             if not future.done():
                 reply = Reply(answer=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
                 future.set_result(encode_reply(reply))
-
-    def _forward(self, requests: list[Request]) -> list[Answer | RaydmdError]:
-        return answer_each(self._engine, requests, who=self._settings.name)
+        if self._metrics:
+            self._metrics.ran(served, seconds, self._forward.queued(), self._busy)
 
     def _prepare_thread(self) -> None:
         # The thread count is a property of the thread that runs the forward.

@@ -76,11 +76,11 @@ def test_a_request_is_never_split_and_an_oversized_one_goes_alone() -> None:
     assert [payloads(b, 0.0) for _ in range(3)] == [["three"], ["nine"], ["one"]]
 
 
-def test_a_request_that_would_fit_does_not_overtake_one_that_does_not() -> None:
+def test_a_request_that_does_not_fit_lets_others_fill_the_batch_and_is_the_first_of_the_next() -> None:
     b = batcher(max_items=4, max_wait=0.0)
-    for client, name, items in (("a", "a2", 2), ("b", "b4", 4), ("c", "c1", 1)):
+    for client, name, items in (("a", "a2", 2), ("b", "b4", 4), ("c", "c1", 1), ("c", "c2", 1), ("d", "d1", 1)):
         b.offer(HIGH, client, items, name, now=0.0)
-    assert [payloads(b, 0.0) for _ in range(3)] == [["a2"], ["b4"], ["c1"]]
+    assert [payloads(b, 0.0) for _ in range(3)] == [["a2", "c1", "d1"], ["b4"], ["c2"]]
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:

