@@ -78,6 +78,9 @@ class Placement(Section):
                     f"teacher={self.teacher}, where each worker holds the teacher itself; set "
                     f"{', '.join(f'placement.{name}={idle[name]}' for name in given)} or placement.teacher=remote"
                 )
+        for key in ("worker_resources", "teacher_resources"):
+            if wrong := {"CPU", "GPU", "memory"} & getattr(self, key).keys():
+                raise ValueError(f"{key} are custom resources; {', '.join(sorted(wrong))} has keys of its own")
         if not self.samplers:
             for key in ("sampler_lag", "sampler_cpus", "sampler_gpus"):
                 if getattr(self, key) != type(self).model_fields[key].default:

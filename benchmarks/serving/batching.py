@@ -5,10 +5,10 @@
 4 and 16 client processes keep four requests of 1 to 4 samples each under way. One replica answers them in batches of
 16, another one by one. Both are compared to a loop over batches of 16 in a process of its own, which nobody asks over
 any wire. A forward of this network mostly reads its 400 MB of weights, so that one of many samples takes little longer
-than one of few: as on an accelerator, and unlike most networks on a CPU, which gain little from batches. It takes 0.1 s;
-what a request costs the replica beside it is about a millisecond, whatever the network. The threads that run forwards,
-the replicas' and the loop's, have a core of their own, which other actors keep off. Must be at least 90% of the loop's
-samples per second, and 2.5 times those of unbatched calls.
+than one of few: as on an accelerator, and unlike most networks on a CPU, which gain little from batches. It takes
+0.1 s; what a request costs the replica beside it is about a millisecond, whatever the network. The threads that run
+forwards, the replicas' and the loop's, have a core of their own, which other actors keep off. Must be at least 90% of
+the loop's samples per second, and 2.5 times those of unbatched calls.
 """
 
 from __future__ import annotations

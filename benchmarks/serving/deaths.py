@@ -73,7 +73,9 @@ class Deaths:
 
     def __init__(self, pool: Pool, folder: Path, cluster: Cluster) -> None:
         self.pool, self.folder, self.cluster = pool, folder, cluster
-        self.local = LocalClient(steered(str(folder), "cpu"))
+        untroubled = folder / "untroubled"
+        untroubled.mkdir()
+        self.local = LocalClient(steered(str(untroubled), "cpu"))
         self.number = 0
 
     def none(self, client: PoolClient) -> float:

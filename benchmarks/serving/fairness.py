@@ -2,9 +2,9 @@
 
     python benchmarks/serving/fairness.py    one minute
 
-The well-behaved client keeps one request under way and is timed alone, beside a client that keeps a hundred, and beside
-one all of whose requests are refused or fail. With two clients its fair share is half of the replica: it must get at
-least 45% of what it has alone, and beside garbage at least 80%.
+The well-behaved client keeps one request under way and is timed alone, beside a client that keeps 600, more than the
+queue holds, and beside one all of whose requests are refused or fail. With two clients its fair share is half of the
+replica: it must get at least 45% of what it has alone, and beside garbage at least 80%.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SECONDS = 8.0
 LATENT = (4, 16, 16)
-FLOOD = 100
+FLOOD = 600
 Kind = Literal["behaves", "floods", "garbage"]
 
 

@@ -84,7 +84,12 @@ def measure(folder: Path, kind: str, rows: list[dict[str, Any]]) -> list[list[di
     try:
         for k in range(1 if kind == "shared" else TRIALS):
             # Another wait makes another key, and changes nothing where requests are not batched.
-            own = dmd2(folder, name="settings", deterministic=True, placement={"batch_wait": 0.003 + 1e-6 * k})
+            own = dmd2(
+                folder,
+                name="settings",
+                deterministic=True,
+                placement={"batch_wait": 0.003 + 1e-6 * k, "teacher_cpus": 0.1},
+            )
             held.append(teacher_pool(own, family, table, family.shape().latent, holder=f"bench-{k}"))
         for pool in held:
             while not pool.loaded(patience=1.0):

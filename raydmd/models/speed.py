@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 def hasten(denoiser: Denoiser, *, compile_mode: str | None = None, quantize: str | None = None) -> None:
     """Make a frozen network faster, in place.
 
-    Blocks are compiled one by one (they are alike, so that one compilation serves all), where the network says which
-    they are, else the network as a whole.
+    With ``default``, blocks are compiled one by one (they are alike, so that one compilation serves all), where the
+    network says which they are. The other modes record CUDA graphs, which overwrite their output when the next
+    one runs: there the network is compiled as a whole.
 
     Args:
         denoiser: on its device, in evaluation mode.
@@ -37,7 +38,7 @@ def hasten(denoiser: Denoiser, *, compile_mode: str | None = None, quantize: str
         except (AssertionError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"placement.teacher_quantize={quantize} does not work here: {error}") from None
     if compile_mode is not None:
-        if getattr(network, "_repeated_blocks", None):
+        if compile_mode == "default" and getattr(network, "_repeated_blocks", None):
             network.compile_repeated_blocks(mode=compile_mode)
         else:
             network.compile(mode=compile_mode)

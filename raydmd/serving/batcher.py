@@ -2,12 +2,13 @@
 
 A bucket holds requests that can share a forward. Inside a bucket clients take turns, one request
 each, and ready buckets take turns too, so a client that floods a replica delays the others by one
-batch of each bucket at most. The queue is bounded: a full one refuses, in its return value.
+batch of each bucket at most. The queue is bounded: a full one refuses, in its return value, all but
+those who have less than their share of it, so that it holds at most twice its bound.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -138,13 +139,14 @@ class Batcher(Generic[T]):
         self._exact = exact
         self._buckets: OrderedDict[Key, _Bucket[T]] = OrderedDict()
         self._queued = 0
+        self._of: Counter[str] = Counter()
 
     def __len__(self) -> int:
         """Requests waiting."""
         return self._queued
 
     def offer(self, key: Key, client: str, items: int, payload: T, now: float) -> Accepted | Refused:
-        """Queue a request, or refuse it when the queue is full.
+        """Queue a request, or refuse it when the queue is full and its client has its share of it.
 
         Args:
             key: what it may share a forward with.
@@ -161,8 +163,9 @@ class Batcher(Generic[T]):
         """
         if items < 1:
             raise ValueError(f"a request of client {client!r} has {items} samples")
-        if self._queued >= self._max_queue:
+        if self._queued >= self._max_queue and not self._owed(client):
             return Refused(self._queued)
+        self._of[client] += 1
         bucket = self._buckets.setdefault(key, _Bucket())
         bucket.add(Entry(client, items, payload, now))
         self._queued += 1
@@ -182,6 +185,7 @@ class Batcher(Generic[T]):
                 bucket = self._buckets[key]
                 batch = bucket.pull(self._max_items, 1 if self._exact else None)
                 self._queued -= len(batch)
+                self._of -= Counter(entry.client for entry in batch)
                 if bucket.lines:
                     self._buckets.move_to_end(key)
                 else:
@@ -192,6 +196,10 @@ class Batcher(Generic[T]):
     def next_due(self) -> float | None:
         """When :meth:`take` has a batch without new arrivals, seconds; ``None`` if empty."""
         return min((due for _, due in self._due()), default=None)
+
+    def _owed(self, client: str) -> bool:
+        """Whether a client has less than its share of a full queue, which others have filled."""
+        return self._of[client] < self._max_queue // (len(self._of) + (client not in self._of))
 
     def _due(self) -> Iterator[tuple[Key, float]]:
         for key, bucket in self._buckets.items():

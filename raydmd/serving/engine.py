@@ -77,7 +77,7 @@ class TeacherEngine(Engine):
     Args:
         experts: in evaluation mode; some of the model's, where ``load`` is given.
         conditions: the first condition table; row 0 is the negative prompt.
-        table: its file; others are read when a request names them.
+        table: its file, named after its content; others are read when a request names them.
         sample_shape: shape of one latent, for the warm-up; ``None`` skips it.
         load: makes an engine's experts anew from their names, for :meth:`hold`.
     """
@@ -93,16 +93,16 @@ class TeacherEngine(Engine):
     ) -> None:
         self._experts, self._shape, self._load = experts, sample_shape, load
         self._first, self._routing = conditions, experts.routing
-        self._tables = OrderedDict({table: conditions})
+        self._tables = OrderedDict({_content(table): conditions})
 
     def key(self, request: Request) -> Key:
         """See :class:`Engine`."""
         latent = tuple(request.x_t.shape[1:])
         if isinstance(request, WalkRequest):
-            return Key("", latent, request.guidance.scale, request.grid, request.table)
+            return Key("", latent, request.guidance.scale, request.grid, _content(request.table))
         if isinstance(request, ScoreRequest):
             kind = "split" if request.split else ""
-            return Key(request.expert, latent, request.guidance.scale, kind, request.table)
+            return Key(request.expert, latent, request.guidance.scale, kind, _content(request.table))
         raise InputError(f"request {request.name!r} asks a teacher for rewards")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -147,12 +147,18 @@ class TeacherEngine(Engine):
     def _table(self, name: str) -> Conditions:
         if not name:
             return self._first
-        if name not in self._tables:
-            self._tables[name] = Conditions.read(Path(name))
+        content = _content(name)
+        if content not in self._tables:
+            self._tables[content] = Conditions.read(Path(name))
             while len(self._tables) > TABLES:
                 self._tables.popitem(last=False)
-        self._tables.move_to_end(name)
-        return self._tables[name]
+        self._tables.move_to_end(content)
+        return self._tables[content]
+
+
+def _content(table: str) -> str:
+    """What a table's file is called, which is the digest of what is in it: runs have copies of their own."""
+    return Path(table).stem
 
 
 def load_teacher_engine(

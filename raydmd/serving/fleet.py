@@ -9,7 +9,8 @@
                stop              MOVING (to another expert)
 
 A replica that dies is restarted by Ray and loads again. One that cannot load is replaced after a pause that doubles;
-when that has failed several times running and no replica is left, the fleet is broken and says why.
+when that has failed several times running and no replica is left, the fleet is broken and says why. It goes on trying,
+and is whole again when one has loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GIVE_UP = 3
-"""Replicas in a row that could not load, with none left that has, before the fleet is broken."""
+"""Attempts in a row that could not load any replica before the fleet is broken."""
 PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0
 NOTICE = 3.0
 """Seconds that a leaving replica still answers, so that every client has heard of it."""
@@ -123,7 +124,7 @@ class Fleet:
         self.version = 0
         """Rises whenever :meth:`members` changes."""
         self.broken = ""
-        """Why there will be no replica; empty while there may be."""
+        """Why there is no replica, and none soon; else empty."""
         self.last_error = ""
 
     def members(self) -> dict[str, tuple[str, ...]]:
@@ -144,7 +145,7 @@ class Fleet:
         staying = {name: slot for name, slot in self.slots.items() if slot.stage is not Stage.LEAVING}
         waiting = sum(slot.waiting for slot in ready)
         target = self._scaler.target(now, least=least, most=most, busy=[s.busy for s in ready], waiting=waiting)
-        if not self.broken and now >= self._retry_at:
+        if now >= self._retry_at:
             for _ in range(target - len(staying)):
                 actions.append(self._start(now, wants))
         # Whoever is not needed leaves: those that never came up first, then the youngest.
@@ -191,34 +192,36 @@ class Fleet:
         self.last_error = why
         if slot.stage is Stage.LEAVING:
             return
-        self._failures += 1
-        self._retry_at = now + min(PAUSE_FIRST * 2.0 ** min(self._failures - 1, 30), PAUSE_LONGEST)
+        if now >= self._retry_at:  # those that were started together fail together, and count once
+            self._failures += 1
+            self._retry_at = now + min(PAUSE_FIRST * 2.0 ** min(self._failures - 1, 30), PAUSE_LONGEST)
         self.version += 1
-        alive = any(s.stage in (Stage.READY, Stage.MOVING) for s in self.slots.values())
-        if self._failures >= GIVE_UP and not alive:
+        if self._failures >= GIVE_UP and not any(s.stage is not Stage.LEAVING for s in self.slots.values()):
             self.broken = why
+            self._retry_at = now + PAUSE_LONGEST
 
-    def heard(self, name: str, *, open_requests: int, busy_seconds: float, now: float) -> None:
+    def heard(self, name: str, *, open_requests: int, queued: int, busy: float, now: float) -> None:
         """A replica said how it is doing.
 
         Args:
             name: of it.
             open_requests: that it has not answered.
-            busy_seconds: spent in forwards since it loaded.
+            queued: those of them that are in no forward yet.
+            busy: seconds spent in forwards since it loaded.
             now: clock reading, seconds.
         """
         slot = self.slots.get(name)
         if slot is None:
             return
         slot.open = open_requests
-        slot.queues.append(max(open_requests - 1, 0))
+        slot.queues.append(queued)
         if slot.heard is None:
-            slot.heard = (now, busy_seconds)
+            slot.heard = (now, busy)
         elif now - slot.heard[0] >= WINDOW:
             # One look says little: a replica that has just answered its last request is about to be asked again.
-            slot.busy = (busy_seconds - slot.heard[1]) / (now - slot.heard[0])
+            slot.busy = (busy - slot.heard[1]) / (now - slot.heard[0])
             slot.waiting = sum(slot.queues) / len(slot.queues)
-            slot.heard = (now, busy_seconds)
+            slot.heard = (now, busy)
             slot.queues.clear()
 
     def _start(self, now: float, wants: Sequence[str]) -> Start:

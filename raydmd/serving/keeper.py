@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
-from raydmd.serving.fleet import Fleet, Move, Stage, Start
-from raydmd.serving.leases import Leases
+from raydmd.serving.fleet import DRAIN, Fleet, Move, Stage, Start
+from raydmd.serving.leases import Lease, Leases
 from raydmd.serving.metrics import Metrics
 from raydmd.serving.order import Look, Members, Order, ReplicaLook, plain
 from raydmd.serving.replica import Replica, ReplicaSettings
@@ -40,7 +40,10 @@ _SPARE_CALLS = 32
 
 @dataclass
 class _Pool:
+    orders: dict[str, Order]
+    """By lease."""
     order: Order
+    """What replicas are started by: the oldest lease's, whose holder and files are there."""
     fleet: Fleet
     actors: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, ReplicaStats] = field(default_factory=dict)
@@ -86,9 +89,11 @@ class Keeper:
             self._close(order.key)  # the next one may have more luck
         if order.key not in self._pools:
             experts = order.routing.experts if order.routing else ()
-            self._pools[order.key] = _Pool(order, Fleet(order.key, experts=experts, each=order.asked.each))
+            self._pools[order.key] = _Pool({}, order, Fleet(order.key, experts=experts, each=order.asked.each))
         asked = order.asked
-        return self._leases.take(order.key, holder, _now(), least=asked.copies, most=max(asked.most, asked.copies)).name
+        lease = self._leases.take(order.key, holder, _now(), least=asked.copies, most=max(asked.most, asked.copies))
+        self._pools[order.key].orders[lease.name] = order
+        return lease.name
 
     async def renew(self, lease: str) -> Look | None:
         """Extend a lease.
@@ -164,34 +169,48 @@ class Keeper:
                 if not leases:
                     self._close(key)
                     continue
-                least, most = max(lease.least for lease in leases), max(lease.most for lease in leases)
-                wants = [e for lease in leases for experts in lease.wants.values() for e in experts]
                 pool = self._pools[key]
-                for action in pool.fleet.step(now, least=least, most=most, wants=wants):
-                    self._do(pool, action)
+                try:
+                    self._step(pool, leases, now)
+                except Exception as error:  # of this pool alone: the others, and all leases, go on
+                    self._break(pool, error)
                 self._announce(pool)
             if len(self._leases):
                 quiet_since = now
             elif now - quiet_since > self._idle:
                 os._exit(0)  # not restarted: whoever needs a keeper next starts one
 
+    def _step(self, pool: _Pool, leases: list[Lease], now: float) -> None:
+        pool.order = pool.orders.get(leases[0].name, pool.order)
+        pool.orders = {lease.name: pool.orders[lease.name] for lease in leases if lease.name in pool.orders}
+        least, most = max(lease.least for lease in leases), max(lease.most for lease in leases)
+        wants = [e for lease in leases for experts in lease.wants.values() for e in experts]
+        if each := pool.order.asked.each:  # runs in other phases ask other experts: all of them need a place
+            least = max(least, -(-len(set(wants)) // each))
+        for action in pool.fleet.step(now, least=least, most=max(least, most), wants=wants):
+            self._do(pool, action)
+
+    def _break(self, pool: _Pool, error: BaseException) -> None:
+        pool.fleet.broken = pool.fleet.last_error = f"{type(error).__name__}: {error}"
+
     def _do(self, pool: _Pool, action: Action) -> None:
         if isinstance(action, Start):
             pool.actors[action.name] = _start(pool.order, action)
-            self._spawn(self._watch(pool, action.name))
+            self._spawn(pool, self._watch(pool, action.name))
         elif isinstance(action, Move):
-            self._spawn(self._move(pool, action))
+            self._spawn(pool, self._move(pool, action))
         else:
             self._kill(pool, action.name)
 
     async def _move(self, pool: _Pool, move: Move) -> None:
         try:
-            await pool.actors[move.name].hold.remote(move.experts)
-        except (ActorDiedError, ActorUnavailableError):
-            return  # its watch sees that too
-        except RayError as error:
+            await asyncio.wait_for(pool.actors[move.name].hold.remote(move.experts), DRAIN)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            pool.fleet.lost(move.name, plain(error), _now())  # what it holds now, its watch will hear
+        except (RayError, TimeoutError) as error:
+            why = plain(error) if isinstance(error, RayError) else f"it did not move to its experts within {DRAIN:g} s"
             self._kill(pool, move.name)
-            pool.fleet.failed(move.name, plain(error), _now())
+            pool.fleet.failed(move.name, why, _now())
         else:
             pool.fleet.moved(move.name, _now())
         self._announce(pool)
@@ -213,7 +232,9 @@ class Keeper:
             else:
                 pool.stats[name] = stats
                 pool.fleet.loaded(name, tuple(stats["experts"]), _now())
-                pool.fleet.heard(name, open_requests=stats["open"], busy_seconds=stats["busy_seconds"], now=_now())
+                pool.fleet.heard(
+                    name, open_requests=stats["open"], queued=stats["queue"], busy=stats["busy_seconds"], now=_now()
+                )
             self._announce(pool)
             await asyncio.sleep(LOOK_EVERY)
         pool.stats.pop(name, None)
@@ -238,10 +259,16 @@ class Keeper:
         if actor is not None:
             ray.kill(actor, no_restart=True)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, pool: _Pool, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # or it may be collected while it runs
-        task.add_done_callback(self._tasks.discard)
+
+        def over(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not done.cancelled() and (error := done.exception()):
+                self._break(pool, error)
+
+        task.add_done_callback(over)
 
 
 def _start(order: Order, start: Start) -> Any:
@@ -264,7 +291,7 @@ def _start(order: Order, start: Start) -> Any:
         # A dead replica comes back, its calls do not: clients resend within deadlines.
         max_restarts=-1,
         max_task_retries=0,
-        max_concurrency=order.queue_limit + asked.batch_items + _SPARE_CALLS,
+        max_concurrency=2 * order.queue_limit + asked.batch_items + _SPARE_CALLS,
         scheduling_strategy="SPREAD",
     )
     return options.remote(order.build, settings)

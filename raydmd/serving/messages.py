@@ -101,6 +101,11 @@ class RolloutRequest:
     name: str = ""
 
 
+def trial(client: str) -> str:
+    """The run that a client belongs to: ``run/rank0`` is run's."""
+    return client.rpartition("/")[0] or client
+
+
 TeacherRequest = ScoreRequest | WalkRequest
 Request = TeacherRequest | RewardRequest | RolloutRequest
 

@@ -35,40 +35,31 @@ class Metrics:
         self._failed = Counter("raydmd_failed", "Requests that ended in an error.", by)
         self._refused = Counter("raydmd_refused", "Requests that a full queue turned away.", by)
 
-    def ran(self, clients: Mapping[str, tuple[int, float]], seconds: float, queue: int, busy: float) -> None:
+    def ran(self, trials: Mapping[str, tuple[int, float]], seconds: float, queue: int, busy: float) -> None:
         """A forward is over. Called once for a batch, since each figure costs as much as a small request.
 
         Args:
-            clients: samples answered, and the longest time from a request's arrival to its answer, by client.
+            trials: samples answered, and the longest time from a request's arrival to its answer, by run.
             seconds: that the forward took.
             queue: requests that wait now.
             busy: seconds spent in forwards so far.
         """
-        items = sum(answered for answered, _ in clients.values())
+        items = sum(answered for answered, _ in trials.values())
         self._batch.observe(items, self._tags)
         self._forward.observe(max(seconds, 1e-9), self._tags)
         self._queue.set(queue, self._tags)
         self._busy.set(busy, self._tags)
-        by_trial: dict[str, tuple[int, float]] = {}
-        for client, (answered, longest) in clients.items():
-            before = by_trial.get(trial(client), (0, 0.0))
-            by_trial[trial(client)] = before[0] + answered, max(before[1], longest)
-        for name, (answered, longest) in by_trial.items():
+        for name, (answered, longest) in trials.items():
             tags = {**self._tags, "trial": name}
             if answered:
                 self._items.inc(answered, tags)
             self._latency.observe(max(longest, 1e-9), tags)
 
-    def failed(self, client: str) -> None:
-        """A request of ``client`` ended in an error."""
-        self._failed.inc(1, {**self._tags, "trial": trial(client)})
+    def failed(self, trial: str) -> None:
+        """A request of a run ended in an error."""
+        self._failed.inc(1, {**self._tags, "trial": trial})
 
-    def refused(self, client: str, queue: int) -> None:
-        """A request of ``client`` found the queue full."""
-        self._refused.inc(1, {**self._tags, "trial": trial(client)})
+    def refused(self, trial: str, queue: int) -> None:
+        """A request of a run found the queue full."""
+        self._refused.inc(1, {**self._tags, "trial": trial})
         self._queue.set(queue, self._tags)
-
-
-def trial(client: str) -> str:
-    """The run that a client belongs to: ``run/rank0`` is run's."""
-    return client.rpartition("/")[0] or client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -71,10 +72,11 @@ class Pool:
         table: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._order, self._holder, self._clock = order, holder, clock
+        # Its own, since two users' runs may have one name.
+        self._order, self._holder, self._clock = order, f"{holder}-{uuid.uuid4().hex[:6]}", clock
         self._spec = ClientSpec(
             pool=order.key,
-            holder=holder,
+            holder=self._holder,
             table=table,
             deterministic=order.deterministic,
             routing=order.routing,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from raydmd.serving.order import ClientSpec
 
 _SLICE = 0.2
+FORWARDS = 3
+"""Forwards that may raise for one request before it gives up; a dead process or a silence is no such failure."""
 INLINE = 64 << 10
 """Bytes up to which a request travels within the call: the object store costs more than the copy."""
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
@@ -92,6 +94,7 @@ class PoolPending(Pending):
         self.sends = 0
         self.failures = 0
         self.refusals = 0
+        self.raised = 0
         self.retry_at = submitted
         self.last_error = ""
         self._client = client
@@ -220,6 +223,9 @@ class PoolClient(Client):
                     self._refusals += 1
                     pending.refusals += 1
                     self._back_off(pending, pending.refusals, str(cause), now)
+                elif isinstance(cause, RayActorError):  # of a leg before, whose replica died
+                    replica.health.process_lost(now, plain(cause))
+                    self._fail(pending, plain(cause), now)
                 elif isinstance(cause, RaydmdError) and not isinstance(cause, ReplicaFailed):
                     replica.health.request_succeeded()
                     return cause
@@ -227,6 +233,9 @@ class PoolClient(Client):
                     why = str(cause) if isinstance(cause, ReplicaFailed) else plain(error)
                     replica.health.request_failed(now, why)
                     self._fail(pending, why, now)
+                    pending.raised += 1
+                    if pending.raised >= FORWARDS:  # wherever it runs: the fault is the request's own
+                        return PoolExhausted(self._story(pending, f"its forward failed {pending.raised} times"))
             except RayActorError as error:
                 why = f"replica {name!r}: {plain(error)}"
                 replica.health.process_lost(now, why)
@@ -279,15 +288,9 @@ class PoolClient(Client):
 
     def _try(self, pending: PoolPending, exclude: set[str], now: float) -> None:
         """Send a request to a replica that has all it needs, or its legs to one each, if there are such."""
-        name = self._choose(pending.name, pending.whole, exclude)
-        route = [] if name is None else [(pending.whole, name)]
+        route = self._route(pending.name, [pending.whole], exclude) or self._route(pending.name, pending.legs, exclude)
         if not route:
-            for leg in pending.legs:
-                name = self._choose(pending.name, leg, exclude)
-                if name is None:
-                    return
-                route.append((leg, name))
-        if not route:
+            pending.last_error = pending.last_error or self._nobody(pending)
             return
         # A refused attempt was never served, so what follows it is no recovery.
         if pending.sends > pending.refusals:
@@ -300,6 +303,17 @@ class PoolClient(Client):
             replica.sent += 1
         pending.attempts.append(_Attempt(refs, [name for _, name in route], now))
         pending.sends += 1
+
+    def _route(self, name: str, legs: list[_Leg], exclude: set[str]) -> list[tuple[_Leg, str]]:
+        """A replica for each leg; nothing if one has none."""
+        found = [(leg, self._choose(name, leg, exclude)) for leg in legs]
+        route = [(leg, replica) for leg, replica in found if replica is not None]
+        return route if len(route) == len(legs) else []
+
+    def _nobody(self, pending: PoolPending) -> str:
+        held = "; ".join(f"{name} holds {', '.join(r.experts) or 'all'}" for name, r in self._members.present())
+        wanted = ", ".join(sorted(pending.whole.experts)) or "the model"
+        return f"no usable replica has {wanted} ({held or 'none is up'})"
 
     def _choose(self, name: str, leg: _Leg, exclude: set[str]) -> str | None:
         now = self._clock()

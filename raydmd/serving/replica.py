@@ -23,7 +23,7 @@ from raydmd.serving.client import ReplicaBusy, ReplicaFailed
 from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
 from raydmd.serving.engine import answer_each
 from raydmd.serving.forward import ForwardThread
-from raydmd.serving.messages import Reply
+from raydmd.serving.messages import Reply, trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +81,7 @@ class ReplicaStats(TypedDict):
         busy_seconds: seconds spent in forwards.
         uptime: seconds since it was loaded.
         histogram: forwards by samples in them.
-        clients: samples answered by client.
+        clients: samples answered by run.
         rss: resident memory, bytes.
     """
 
@@ -153,7 +153,7 @@ class Replica:
         self._histogram: Counter[int] = Counter()
         self._clients: Counter[str] = Counter()
         self._metrics = metrics
-        self._moving, self._open = False, 0
+        self._moving, self._open, self._hold = False, 0, asyncio.Lock()
         self._answered = self._failed = self._refused = 0
         self._busy = 0.0
         self._busy_since: float | None = None
@@ -190,11 +190,12 @@ class Replica:
         Raises:
             InputError: if the experts cannot be loaded; nothing may be answered then until others have been.
         """
-        self._moving = True
-        while self._open:
-            await asyncio.sleep(0.01)
-        await asyncio.wrap_future(self._forward.run(lambda: self._engine.hold(experts)))
-        self._experts, self._moving = experts, False
+        async with self._hold:  # one after the other, if a second is asked for meanwhile
+            self._moving = True
+            while self._open:
+                await asyncio.sleep(0.01)
+            await asyncio.wrap_future(self._forward.run(lambda: self._engine.hold(experts)))
+            self._experts, self._moving = experts, False
 
     async def _queued(self, request: Request, client: str) -> ReplyWire:
         size = request.x_t.shape[0]
@@ -207,11 +208,12 @@ class Replica:
             )
         job = _Job(request, asyncio.get_running_loop().create_future(), self._clock())
         key = self._engine.key(request)
-        verdict = self._forward.offer(key, client, size, job)
+        # Runs take turns, however many ranks they have.
+        verdict = self._forward.offer(key, trial(client), size, job)
         if isinstance(verdict, Refused):
             self._refused += 1
             if self._metrics:
-                self._metrics.refused(client, verdict.queued)
+                self._metrics.refused(trial(client), verdict.queued)
             raise ReplicaBusy(
                 f"replica {self._settings.name!r} refused request {request.name!r}: "
                 f"{verdict.queued} requests are waiting"

@@ -53,12 +53,10 @@ class Scaler:
             waiting: requests that waited in them meanwhile, on average, over all replicas.
         """
         self._target = min(max(self._target, least), most)
-        if len(busy) != self._target:  # what was asked for last is still on its way
-            self._loaded_since = self._spare_since = None
-            return self._target
         total, pace = sum(busy), self._pace
-        loaded = waiting > pace.waits and total >= pace.busy * len(busy)
-        spare = waiting <= pace.waits and len(busy) > 1 and total <= pace.spare * (len(busy) - 1)
+        # No more are asked for while what was asked for last is still on its way.
+        loaded = len(busy) == self._target and waiting > pace.waits and total >= pace.busy * len(busy)
+        spare = waiting <= pace.waits and self._target > 1 and total <= pace.spare * min(self._target - 1, len(busy))
         self._loaded_since = (now if self._loaded_since is None else self._loaded_since) if loaded else None
         self._spare_since = (now if self._spare_since is None else self._spare_since) if spare else None
         if self._loaded_since is not None and now - self._loaded_since >= pace.grow_after:

@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from raydmd.errors import InputError
-from raydmd.serving.metrics import trial
 from raydmd.serving.order import find_keeper, plain
 
 if TYPE_CHECKING:
@@ -101,8 +100,8 @@ def render(pools: list[Look], before: dict[str, tuple[float, int]], now: float |
             table.add_row(*_cells(name, replica, before, now))
         asked: dict[str, int] = {}
         for replica in pool.replicas.values():
-            for client, items in (replica.stats["clients"] if replica.stats else {}).items():
-                asked[trial(client)] = asked.get(trial(client), 0) + items
+            for run, items in (replica.stats["clients"] if replica.stats else {}).items():
+                asked[run] = asked.get(run, 0) + items
         total = sum(asked.values()) or 1
         by = "   ".join(f"{who} {items} ({items / total:.0%})" for who, items in sorted(asked.items()))
         parts += [table, Text(f"samples by run: {by or 'none yet'}"), Text("")]

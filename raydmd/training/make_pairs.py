@@ -21,7 +21,7 @@ from raydmd.serving.pool_client import PoolClient
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import training_prompts
 from raydmd.training.folder import locked
-from raydmd.training.pools import teacher_pool
+from raydmd.training.pools import check_experts, teacher_pool
 from raydmd.training.ray_worker import prepare_process
 from raydmd.training.run import quiet
 
@@ -92,6 +92,7 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
     connect()
     try:
         check_room(_teachers_alone(recipe), living_nodes())
+        check_experts(p, "a walk", family.routing().experts, family.routing())
         # Full requests leave no room for another in a forward, so that batches don't depend on timing.
         p = p.model_copy(update={"batch_items": origin.request})
         pool = teacher_pool(
@@ -105,7 +106,9 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
         with pool:
             while not pool.loaded(patience=1.0):
                 pass
-            yield PoolClient(pool.client_spec(), "pairs")
+            client = PoolClient(pool.client_spec(), pool.client_spec().holder)
+            client.expect(family.routing().experts)  # a walk from noise to a clean latent meets all
+            yield client
     finally:
         ray.shutdown()
 

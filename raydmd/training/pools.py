@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from raydmd.methods.method import Method
     from raydmd.models.base import Experts, Routing
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
@@ -53,6 +52,7 @@ def teacher_pool(
     p, routing = recipe.placement, family.routing()
     asked = teacher_replicas(p)
     facts = {
+        "pipeline": (family.pipeline.__name__, family.prediction, repr(family.process)),
         "weights": fingerprint(locate(recipe.model).settings, routing.experts),
         "boundaries": routing.boundaries,
         "precision": recipe.training.precision,
@@ -124,7 +124,7 @@ def sampler_pool(recipe: Recipe, conditions: Path) -> Pool:
         copies=p.samplers, cpus=p.sampler_cpus, gpus=p.sampler_gpus, threads=p.threads, batch_items=p.batch_items
     )
     order = Order(
-        key=pool_key(f"sampler-{recipe.name}", {"folder": str(recipe.folder)}),
+        key=pool_key(f"sampler-{recipe.name}", {"recipe": recipe.to_yaml(), **_facts(asked, deterministic=False)}),
         build=Packed.of(functools.partial(load_sampler_engine, recipe, str(conditions))),
         asked=asked,
     )
@@ -160,12 +160,13 @@ def build_teacher(recipe: Recipe, device: torch.device, experts: tuple[str, ...]
     )
 
 
-def check_experts(p: Placement, method: Method, routing: Routing) -> None:
-    """Refuse a pool that cannot hold what a phase asks.
+def check_experts(p: Placement, who: str, asked: Sequence[str], routing: Routing) -> None:
+    """Refuse a pool that cannot hold what is asked at once.
 
     Args:
         p: the run's placement.
-        method: the run's.
+        who: asks, e.g. ``phase 1``.
+        asked: experts.
         routing: the teacher's.
 
     Raises:
@@ -174,19 +175,17 @@ def check_experts(p: Placement, method: Method, routing: Routing) -> None:
     each = p.teacher_experts
     if not each:
         return
-    count = len(routing.experts)
-    if each >= count:
+    if each >= len(routing.experts):
         raise InputError(
-            f"placement.teacher_experts={each}: this teacher has {count} expert(s); set 0, and each replica holds all"
+            f"placement.teacher_experts={each}: this teacher has {len(routing.experts)} expert(s); set 0, and each "
+            "replica holds all"
         )
-    for phase in method.phases:
-        asked = method.asks(phase, routing)
-        if p.teachers * each < len(asked):
-            raise InputError(
-                f"placement.teachers={p.teachers} with placement.teacher_experts={each} can't hold the {len(asked)} "
-                f"experts that phase {phase.index + 1} asks ({', '.join(asked)}); set placement.teachers="
-                f"{-(-len(asked) // each)} or placement.teacher_experts=0"
-            )
+    if p.teachers * each < len(asked):
+        raise InputError(
+            f"placement.teachers={p.teachers} with placement.teacher_experts={each} can't hold the {len(asked)} "
+            f"experts that {who} asks ({', '.join(asked)}); set placement.teachers={-(-len(asked) // each)} or "
+            "placement.teacher_experts=0"
+        )
 
 
 def _facts(asked: Replicas, *, deterministic: bool) -> dict[str, Any]:

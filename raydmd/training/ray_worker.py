@@ -177,7 +177,7 @@ def clients(c: WorkerConfig, job: Job, session: Session) -> tuple[Client, Client
 def teacher_client(c: WorkerConfig, job: Job, session: Session) -> Client:
     """The frozen teacher: a client of the pool, what the roles here are adapters of, or a copy in this process."""
     if c.pool is not None:
-        return for_group(functools.partial(PoolClient, c.pool, f"{c.recipe.name}/rank{session.rank}"), session)
+        return for_group(functools.partial(PoolClient, c.pool, f"{c.pool.holder}/rank{session.rank}"), session)
     if job.tied is not None:
         return LocalClient(TeacherEngine(job.tied.teacher(), job.conditions), name="tied", alone=False)
     experts = load_teacher(job.family, c.recipe.training.precision, device=session.device)
@@ -191,7 +191,7 @@ def samplers(c: WorkerConfig, session: Session) -> Samplers | None:
     """What draws the fake updates' samples elsewhere, where the run asks for that."""
     if c.samplers is None:
         return None
-    client = PoolClient(c.samplers, f"{c.recipe.name}/rank{session.rank}")
+    client = PoolClient(c.samplers, f"{c.samplers.holder}/rank{session.rank}")
     return Samplers(client, Path(c.folder), every=c.recipe.placement.sampler_lag, rank=session.rank)
 
 
@@ -200,7 +200,7 @@ def reward_client(c: WorkerConfig, session: Session) -> Client | None:
     if c.recipe.method.adapt is None:
         return None
     if c.rewards is not None:
-        return for_group(functools.partial(PoolClient, c.rewards, f"{c.recipe.name}/rank{session.rank}"), session)
+        return for_group(functools.partial(PoolClient, c.rewards, f"{c.rewards.holder}/rank{session.rank}"), session)
 
     def load() -> Client:
         return LocalClient(load_reward_engine(c.recipe, c.prompts, session.device.type), name="local rewards")

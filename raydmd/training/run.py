@@ -66,7 +66,9 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         method = build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
-    check_experts(recipe.placement, method, family.routing())
+    for phase in method.phases:
+        asked = method.asks(phase, family.routing())
+        check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())
     for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
         print(f"note: {note}")
     check_instruments(recipe.evaluation)

@@ -70,7 +70,7 @@ class SamplerEngine(Engine):
         self._recipe, self._family, self._conditions, self._device = recipe, family, conditions, device
         self._method: Method = build_method(recipe.method, family.routing(), family.process, family.prediction)
         self._experts: dict[str, Denoiser] = {}
-        self._version = -1
+        self._held: list[tuple[str, int, int]] | None = None
 
     def key(self, request: Request) -> Key:
         """See :class:`Engine`; a rollout's steps are its update's own, so that updates do not share forwards."""
@@ -100,10 +100,13 @@ class SamplerEngine(Engine):
         return Answer(value=sample.x.to(request.x_t.device), uncond=sample.x0.to(request.x_t.device))
 
     def _follow(self, version: int) -> None:
-        if version == self._version:
-            return
         folder = version_folder(self._recipe.folder, version)
         files = _appeared(folder / STUDENT)
+        # By the files themselves: after a resume or a rollback another student has had as many updates.
+        found = [(f.name, f.stat().st_mtime_ns, f.stat().st_ino) for f in files]
+        if found == self._held:
+            return
+        self._held = None  # or a failure half-way would leave two students' experts together
         training = self._recipe.training
         precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
         for file in files:
@@ -116,7 +119,7 @@ class SamplerEngine(Engine):
                     add_adapter(denoiser, lora, seed=self._recipe.seed)
                 self._experts[file.stem] = denoiser.eval().requires_grad_(False).to(self._device)
             fill(self._experts[file.stem], file)
-        self._version = version
+        self._held = found
 
 
 def _appeared(folder: Path) -> list[Path]:
@@ -186,7 +189,7 @@ class Samplers:
             error: Exception | None = None
             try:
                 self._write(student, cycle)
-            except OSError as e:
+            except Exception as e:  # raised by all ranks together; a full disk is safetensors' own kind of error
                 error = RunFailed(f"the student's weights can't be written for the samplers: {e}")
             agree(error)
             self._version = cycle
@@ -227,5 +230,7 @@ class Samplers:
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-            for old in sorted(f for f in folder.parent.iterdir() if f.is_dir() and not f.suffix)[:-KEPT]:
+            others = sorted(f for f in folder.parent.iterdir() if f != folder)
+            # What is there when a phase begins, or a run goes on, is of no use, whatever its number.
+            for old in others if self._version is None else others[: -KEPT + 1]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -15,8 +15,9 @@ from raydmd.serving.codec import decode_request, encode_request
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.training import sampling
+from raydmd.training.checkpoint import STUDENT
 from raydmd.training.events import EventLog
-from raydmd.training.sampling import KEPT, LIVE, SamplerEngine, Samplers
+from raydmd.training.sampling import KEPT, LIVE, SamplerEngine, Samplers, version_folder
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 from tests.pipelines import wan_pipeline
@@ -42,8 +43,10 @@ class OverTheWire(LocalClient):
         return super().submit(decode_request(encode_request(request, "run/rank0")))
 
 
-def work(pipeline: Path, folder: Path, *, samplers: int = 0, lag: int = 1, method: str = "phased", **changes):
-    """Train six cycles; the worker, and its reports."""
+def work(
+    pipeline: Path, folder: Path, *, samplers: int = 0, lag: int = 1, method: str = "phased", leave=(), student=None
+):
+    """Train six cycles; the worker, and its reports. ``leave`` are versions of weights that lie there before."""
     torch.set_num_threads(1)
     recipe = derive(
         Recipe(name="run", output=folder),
@@ -57,11 +60,10 @@ def work(pipeline: Path, folder: Path, *, samplers: int = 0, lag: int = 1, metho
                 "precision": "fp32",
                 "checkpoint_every": 100,
                 "report_every": 1,
-                "student": {"rate": 1e-3, "lora": None},
+                "student": student or {"rate": 1e-3, "lora": None},
                 "fake": {"rate": 1e-3},
             },
             "placement": {"samplers": samplers, **({"sampler_lag": lag} if samplers else {})},
-            **changes,
         },
     )
     recipe.folder.mkdir(parents=True)
@@ -69,6 +71,10 @@ def work(pipeline: Path, folder: Path, *, samplers: int = 0, lag: int = 1, metho
     table = Conditions.read(family.encode(PROMPTS, recipe.folder / "conditions"))
     session = FolderSession(recipe.folder)
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=session.device), table))
+    for version in leave:
+        old = version_folder(recipe.folder, version) / STUDENT
+        old.mkdir(parents=True)
+        (old / "nonsense.safetensors").write_bytes(b"of another life")
     drawn = None
     if samplers:
         client = OverTheWire(SamplerEngine(recipe, family, table, session.device))
@@ -83,9 +89,9 @@ def work(pipeline: Path, folder: Path, *, samplers: int = 0, lag: int = 1, metho
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_a_student_that_stands_still_is_sampled_elsewhere_as_here(pipeline, tmp_path, method, lora):
     """Bit by bit: the same weights, the same draws, over the wire and back."""
-    still = {"training.student": {"rate": 1e-30, "lora": lora}}
-    here, _ = work(pipeline, tmp_path / "here", method=method, **still)
-    there, rows = work(pipeline, tmp_path / "there", method=method, samplers=1, lag=2, **still)
+    still = {"rate": 1e-30, "lora": lora}
+    here, _ = work(pipeline, tmp_path / "here", method=method, student=still)
+    there, rows = work(pipeline, tmp_path / "there", method=method, samplers=1, lag=2, student=still)
     ours, theirs = here.state(), there.state()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -98,7 +104,15 @@ def test_ages_are_stamped_and_bounded_and_a_phase_begins_afresh(pipeline, tmp_pa
     assert [row["fake/age"] for row in rows] == [0, 1, 2, 0, 1, 2]
     live = sorted(f.name for f in (tmp_path / "run" / LIVE).iterdir())
     assert len(live) <= KEPT
-    assert live[-1] == f"{3:08d}"
+    assert live == [f"{3:08d}"]  # the last phase wrote at its start alone
+
+
+def test_a_run_that_goes_back_follows_its_student_anew(pipeline, tmp_path):
+    """What a life before has left is not taken for this one's, though it has had as many updates, or more."""
+    _, rows = work(pipeline, tmp_path, samplers=1, leave=(7, 2, 1))
+    assert [row["fake/age"] for row in rows] == [0, 1, 1, 0, 1, 1]
+    live = sorted(f.name for f in (tmp_path / "run" / LIVE).iterdir())
+    assert live == [f"{k:08d}" for k in (3, 4)]
 
 
 def test_samples_are_of_the_student_as_it_was(pipeline, tmp_path):
@@ -119,7 +133,7 @@ def test_weights_that_are_not_there_are_named(pipeline, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"placement.sampler_lag": 2}, "sampler_lag=2 does nothing without placement.samplers"),
+        ({"placement.sampler_lag": 2}, "sampler_lag=2 does nothing without samplers"),
         ({"placement.samplers": 1, "deterministic": True}, "after a resume, samples are of another age"),
         ({"placement.samplers": 1, "training.fake_updates": 0}, "does nothing with training.fake_updates=0"),
         ({"placement.samplers": 1, "placement.sequence": 2, "placement.workers": 2}, "share each sample"),

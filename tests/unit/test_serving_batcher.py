@@ -87,9 +87,19 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     b = batcher(max_queue=2, max_wait=0.0, max_items=1)
     assert b.offer(HIGH, "a", 1, "1", now=0.0) == Accepted(1)
     assert b.offer(LOW, "a", 1, "2", now=0.0) == Accepted(2)
-    assert b.offer(HIGH, "b", 1, "3", now=0.0) == Refused(2)
+    assert b.offer(HIGH, "a", 1, "3", now=0.0) == Refused(2)
     assert payloads(b, 0.0) == ["1"]
-    assert b.offer(HIGH, "b", 1, "3", now=0.0) == Accepted(2)
+    assert b.offer(HIGH, "a", 1, "3", now=0.0) == Accepted(2)
+
+
+def test_a_full_queue_has_room_for_those_with_less_than_their_share() -> None:
+    b = batcher(max_queue=4, max_wait=0.0, max_items=1)
+    assert all(b.offer(HIGH, "flood", 1, f"f{k}", now=0.0) == Accepted(k + 1) for k in range(4))
+    assert b.offer(HIGH, "flood", 1, "f4", now=0.0) == Refused(4)
+    assert b.offer(HIGH, "late", 1, "l0", now=0.0) == Accepted(5)
+    assert b.offer(HIGH, "late", 1, "l1", now=0.0) == Accepted(6)
+    assert b.offer(HIGH, "late", 1, "l2", now=0.0) == Refused(6)  # two of four is its half
+    assert [payloads(b, 0.0) for _ in range(4)] == [["f0"], ["l0"], ["f1"], ["l1"]]
 
 
 def test_exact_mode_makes_every_request_its_own_batch_at_once() -> None:

@@ -113,7 +113,7 @@ class Driven:
             self.fleet.loaded(name, self.fleet.slots[name].experts, self.now)
 
     def hear(self, name: str, *, open_requests: int, busy: float) -> None:
-        self.fleet.heard(name, open_requests=open_requests, busy_seconds=busy, now=self.now)
+        self.fleet.heard(name, open_requests=open_requests, queued=max(open_requests - 1, 0), busy=busy, now=self.now)
 
 
 def test_replicas_are_members_from_when_they_have_loaded_until_they_leave() -> None:
@@ -167,8 +167,44 @@ def test_a_lost_process_loads_again_and_one_that_cannot_is_replaced_with_pauses(
         assert bool(d.fleet.broken) is (k == GIVE_UP - 1)
         assert d.step(0.5) == []  # too soon
         starts += d.step(100)
-    assert starts == [Start("pool/1", ()), Start("pool/2", ())]  # none after it is broken
+    assert starts == [Start(f"pool/{k}", ()) for k in (1, 2, 3)]  # broken, it goes on trying
     assert d.fleet.broken == f"weights are gone {GIVE_UP - 1}"
+    d.load("pool/3")
+    assert not d.fleet.broken
+
+
+def test_replicas_that_fail_together_count_once_and_one_that_loads_may_still_come() -> None:
+    d = Driven()
+    d.step(least=4)
+    for k in range(3):
+        d.fleet.failed(f"pool/{k}", "no memory", d.now)
+    assert not d.fleet.broken
+    d.fleet.failed("pool/3", "no memory", d.now)
+    assert not d.fleet.broken  # the first attempt of three
+
+
+def test_requests_in_a_forward_do_not_wait_and_a_replica_that_cannot_be_placed_is_given_up() -> None:
+    d = Driven(pace=Pace(grow_after=5, shrink_after=20))
+    d.step(least=1, most=3)
+    d.load("pool/0")
+    busy = 0.0
+
+    def second(share: float, queued: int) -> None:
+        nonlocal busy
+        busy += share
+        d.now += 1
+        d.fleet.heard("pool/0", open_requests=queued + 4, queued=queued, busy=busy, now=d.now)
+        d.step(0, least=1, most=3)
+
+    for _ in range(40):
+        second(0.95, 0)
+    assert set(d.fleet.slots) == {"pool/0"}  # full, and keeping up
+    for _ in range(40):
+        second(0.95, 5)
+    assert set(d.fleet.slots) == {"pool/0", "pool/1"}  # the second finds no place, so no third is asked for
+    for _ in range(60):
+        second(0.3, 0)
+    assert set(d.fleet.slots) == {"pool/0"}
 
 
 def test_a_fleet_with_a_living_replica_is_not_broken() -> None:
