@@ -100,7 +100,7 @@ def reward_pool(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Pool:
         if recipe.method.adapt
         else [],
         "prompts": prompts_digest(recipe.model.negative_prompt, prompts),
-        "latents": training_latents(family, recipe.data),
+        "latents": list(training_latents(family, recipe.data)),
         **_facts(asked, deterministic=recipe.deterministic),
     }
     order = Order(
