@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from raydmd.methods.terms import Answer
     from raydmd.serving.messages import Request
 
-ATTEMPT, DEADLINE = 4.0, 40.0
+ATTEMPT, DEADLINE, HANG = 4.0, 40.0, 12.0
 ROUNDS = 3
 
 
 class Steered(TeacherEngine):
-    """A teacher whose misfortunes are files: ``hang`` stops one forward for a minute, ``slow`` makes all take 2 s."""
+    """A teacher whose misfortunes are files: ``hang`` stops one forward for a while, ``slow`` makes all take 2 s."""
 
     folder: Path
 
@@ -50,7 +50,7 @@ class Steered(TeacherEngine):
         """See :class:`TeacherEngine`."""
         with contextlib.suppress(FileNotFoundError):
             (self.folder / "hang").unlink()
-            time.sleep(60)
+            time.sleep(HANG)
         if (self.folder / "slow").exists():
             time.sleep(2)
         return super().answer(requests)
@@ -99,9 +99,11 @@ class Deaths:
         return self._time(client, strike)
 
     def hung(self, client: PoolClient) -> float:
-        """The replica that serves the request stops for a minute, and lives."""
+        """The replica that serves the request stops for longer than it is waited for, and lives."""
         (self.folder / "hang").touch()
-        return self._time(client, lambda: None)
+        seconds = self._time(client, lambda: None)
+        time.sleep(HANG)  # or the next round would find both hung
+        return seconds
 
     def node(self, client: PoolClient) -> float:
         """The node of the replica that serves the request is gone."""
