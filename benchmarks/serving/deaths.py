@@ -119,11 +119,15 @@ class Deaths:
         return self._time(client, strike)
 
     def both(self, client: PoolClient) -> float:
-        """Both replicas are killed, and come back."""
+        """Both replicas are killed while one serves the request, and come back."""
+        pids = [stats["pid"] for stats in self._stats().values()]
+        (self.folder / "slow").touch()
 
         def strike() -> None:
-            for stats in self._stats().values():
-                kill(stats["pid"])
+            time.sleep(0.5)
+            for pid in pids:
+                kill(pid)
+            (self.folder / "slow").unlink()
 
         return self._time(client, strike)
 

@@ -27,7 +27,7 @@ FAKE_UPDATES = 5
 
 def dmd2(folder: Path, **changes: Any) -> Recipe:
     """DMD2 on the zoo's ``sd35-tiny``, all parameters trained."""
-    return derive(
+    parent = derive(
         Recipe(name="dmd2", output=folder),
         {
             "model.path": "sd35-tiny",
@@ -40,9 +40,9 @@ def dmd2(folder: Path, **changes: Any) -> Recipe:
                 "student": {"lora": None},
             },
             "monitor.diversity": None,
-            **changes,
         },
     )
+    return derive(parent, changes)
 
 
 def conditions(recipe: Recipe, family: Family) -> Path:

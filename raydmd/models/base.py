@@ -216,6 +216,7 @@ class Denoiser(ABC, nn.Module):
         self.blocks = tuple(blocks)
         self.width = width
         self._autocast = autocast
+        self._typical: list[nn.Parameter] = []  # in a list, or it would be registered as the denoiser's own
 
     def call(self, timestep: Tensor, *, exactly: Mapping[str, Any] | None = None, **inputs: Tensor) -> Tensor:
         """The network's output in fp32.
@@ -244,7 +245,14 @@ class Denoiser(ABC, nn.Module):
             self.switch(self.adapter)
         plain = self._autocast == torch.float32
         with torch.autocast(device.type, self._autocast, enabled=not plain):
-            yield self.network.dtype if plain else self._autocast
+            yield self._own_dtype() if plain else self._autocast
+
+    def _own_dtype(self) -> torch.dtype:
+        """The network's dtype. diffusers goes through all of its parameters for that, which is 5% of a small step."""
+        if not self._typical:
+            dtype = self.network.dtype
+            self._typical.append(next(p for p in self.network.parameters() if p.dtype == dtype))
+        return self._typical[0].dtype
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
