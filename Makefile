@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test experiments methods collapse lint format
+.PHONY: help install demo test experiments methods collapse serving lint format
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +40,10 @@ methods: $(READY) ## compare all methods on the zoo at equal compute (65 minutes
 
 collapse: $(READY) ## force a collapse and see the monitor stop it and roll it back (under half an hour)
 	$(BIN)/python benchmarks/collapse.py
+
+serving: $(READY) ## every claim about pools, as tables and JSON (20 minutes)
+	@for name in hidden tax batching sharing wire fairness deaths soak; do \
+		echo "== $$name"; $(BIN)/python benchmarks/serving/$$name.py || exit 1; done
 
 lint: $(READY) ## ruff, mypy --strict, docstrings
 	$(BIN)/ruff check .
