@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raydmd.errors import InputError
+from raydmd.serving.joining import reachable
 from raydmd.serving.order import find_keeper, plain
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 EVERY = 1.0
 TIMEOUT = 10.0
+PATIENCE = 45.0
 
 
 def top(address: str | None, *, once: bool = False, as_json: bool = False) -> None:
@@ -58,15 +61,35 @@ def top(address: str | None, *, once: bool = False, as_json: bool = False) -> No
 
 
 def join(address: str | None) -> None:
-    """Join the named cluster; see :func:`top`."""
+    """Join the named cluster; see :func:`top`.
+
+    Raises:
+        InputError: if none is named, or it cannot be joined within :data:`PATIENCE`.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise InputError("which cluster? Name it by --address HOST:PORT, or 'auto' for this machine's newest")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"cannot join the Ray cluster at {address!r}: {error}") from error
+    reachable(address)
+    failed: list[Exception] = []
+
+    def init() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # raised in the thread that waits
+            failed.append(error)
+
+    # Ray itself waits for minutes for a cluster that is no more, or that speaks another protocol.
+    thread = threading.Thread(target=init, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        raise InputError(
+            f"the Ray cluster at {address!r} did not take us in within {PATIENCE:g} s: is it the head's address and "
+            "port, and is RAY_AUTH_MODE=token set as there?"
+        )
+    if failed:
+        raise InputError(f"cannot join the Ray cluster at {address!r}: {failed[0]}") from failed[0]
 
 
 def looks() -> list[Look]:

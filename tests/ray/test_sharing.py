@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import ray
 import torch
 
+from raydmd.errors import PoolError
 from raydmd.guidance import Guidance
 from raydmd.serving import keeper as keepers
 from raydmd.serving.engine import TeacherEngine
@@ -174,6 +176,40 @@ def test_experts_move_with_the_phases_and_nothing_is_lost(tmp_path: Path) -> Non
         for request, p in pending[:6]:
             assert torch.equal(p.result().answer.value, expected(tmp_path, request))
         assert client.retries == 0
+
+
+def test_runs_in_other_phases_each_get_an_expert_and_a_walk_survives_its_first_leg(tmp_path: Path) -> None:
+    with hold(tmp_path, "run", copies=1, each=1) as pool:
+        high, low = (PoolClient(pool.client_spec(), f"run/{name}") for name in ("high", "low"))
+        high.expect(["high"])
+        low.expect(["low"])  # one replica was asked for; two experts are needed at once
+        for k in range(3):
+            for client, expert in ((high, "high"), (low, "low")):
+                request = helpers.ask(k, expert=expert)
+                assert torch.equal(client.submit(request).result().answer.value, expected(tmp_path, request))
+        first = next(s for s in pool.stats().replicas.values() if tuple(s["experts"]) == ("high",))
+        right = expected(tmp_path, walk(0))
+        (tmp_path / "slow").touch()
+        pending = high.submit(walk(0))
+        time.sleep(0.5)
+        os.kill(first["pid"], signal.SIGKILL)
+        (tmp_path / "slow").unlink()
+        assert torch.equal(pending.result().answer.value, right)
+        assert high.retries > 0
+
+
+def test_what_ray_refuses_breaks_that_pool_alone(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with hold(other, "run", copies=1) as good:
+        order, _ = helpers.order(tmp_path, copies=1, resources={"CPU": 1.0})
+        with pytest.raises(PoolError, match="no replica could load: ValueError"):
+            Pool.start(order, "bad", start_timeout=60)
+        request = helpers.ask(9)
+        answer = PoolClient(good.client_spec(), "run/0").submit(request).result().answer.value
+        assert torch.equal(answer, expected(other, request))
+        with hold(tmp_path, "later", copies=1) as later:  # and the keeper goes on
+            assert len(later.stats().replicas) == 1
 
 
 def test_a_pool_grows_while_requests_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from raydmd.errors import InputError, RunFailed
 from raydmd.models.base import Conditions
 from raydmd.recipe import Recipe, Training, derive
 from raydmd.recipe_placement import Placement
+from raydmd.serving.joining import reachable
 from raydmd.training.cluster import check_room, connect
 from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan
@@ -190,7 +191,7 @@ def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
 @pytest.mark.parametrize(
     ("raised", "error", "says"),
     [
-        (ConnectionError("nobody answers"), InputError, "cannot join the Ray cluster at 'host:1': nobody answers"),
+        (ConnectionError("nobody answers"), InputError, "cannot join the Ray cluster at 'ray://host:1': nobody answers"),
         (Exception("The current node timed out during startup."), RunFailed, "Ray did not start: .* tries again"),
     ],
 )
@@ -199,6 +200,14 @@ def test_a_ray_that_does_not_come_is_said_plainly(monkeypatch, raised, error, sa
         raise raised
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setenv("RAY_ADDRESS", "host:1")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://host:1")
     with pytest.raises(error, match=says):
         connect()
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match="nobody listens there"):
+        connect()
+    reachable("auto")
+    reachable("ray://127.0.0.1:1")
