@@ -76,6 +76,7 @@ def run(name: str, session: Session, output: Path) -> dict[str, torch.Tensor]:
         conditions="",
         pool=None,
         rewards=None,
+        samplers=None,
         prompts=(),
         real=None,
         pairs=None,
