@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from raydmd.models.base import Denoiser
 
 
+def check_quantize(quantize: str | None) -> None:
+    """See that quantised weights can be had.
+
+    Raises:
+        InputError: if torchao is not installed.
+    """
+    if quantize is not None and importlib.util.find_spec("torchao") is None:
+        raise InputError(f"placement.teacher_quantize={quantize} needs torchao: pip install torchao")
+
+
 def hasten(denoiser: Denoiser, *, compile_mode: str | None = None, quantize: str | None = None) -> None:
     """Make a frozen network faster, in place.
 
@@ -28,8 +38,7 @@ def hasten(denoiser: Denoiser, *, compile_mode: str | None = None, quantize: str
     """
     network: Any = denoiser.network
     if quantize is not None:
-        if importlib.util.find_spec("torchao") is None:
-            raise InputError("placement.teacher_quantize needs torchao: pip install torchao")
+        check_quantize(quantize)
         ao = importlib.import_module("torchao.quantization")
 
         config = {"int8": ao.Int8WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig}[quantize]()

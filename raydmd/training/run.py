@@ -24,6 +24,7 @@ from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
 from raydmd.models import load_family
 from raydmd.models.sizes import size_notes, training_latents
+from raydmd.models.speed import check_quantize
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import encode, training_prompts
@@ -66,6 +67,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         method = build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
+    check_quantize(recipe.placement.teacher_quantize)
     for phase in method.phases:
         asked = method.asks(phase, family.routing())
         check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())
