@@ -191,7 +191,7 @@ def test_the_progress_line_says_where_how_fast_and_what_is_wrong():
 @pytest.mark.parametrize(
     ("raised", "error", "says"),
     [
-        (ConnectionError("nobody answers"), InputError, "cannot join the Ray cluster at 'ray://host:1': nobody answers"),
+        (ConnectionError("nobody answers"), InputError, "cannot join the Ray cluster at 'ray://host:1': nobody ans"),
         (Exception("The current node timed out during startup."), RunFailed, "Ray did not start: .* tries again"),
     ],
 )
