@@ -144,10 +144,14 @@ class Keeper:
         """How every pool is doing."""
         return [self._look(key) for key in self._pools]
 
-    async def end(self) -> None:
-        """Close all pools, whoever holds them."""
+    async def leave(self) -> None:
+        """End this process, unless somebody has come meanwhile."""
+        if len(self._leases):
+            self._beat = asyncio.create_task(self._run())
+            return
         for key in list(self._pools):
             self._close(key)
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     def _look(self, key: str) -> Look:
         pool = self._pools[key]
@@ -178,7 +182,10 @@ class Keeper:
             if len(self._leases):
                 quiet_since = now
             elif now - quiet_since > self._idle:
-                os._exit(0)  # not restarted: whoever needs a keeper next starts one
+                # Not restarted: whoever needs a keeper next starts one. By a call to itself, since Ray lets an actor
+                # leave in peace from within a method alone.
+                ray.get_runtime_context().current_actor.leave.remote()
+                return
 
     def _step(self, pool: _Pool, leases: list[Lease], now: float) -> None:
         pool.order = pool.orders.get(leases[0].name, pool.order)

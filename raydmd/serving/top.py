@@ -89,7 +89,10 @@ def join(address: str | None) -> None:
             "port, and is RAY_AUTH_MODE=token set as there?"
         )
     if failed:
-        raise InputError(f"cannot join the Ray cluster at {address!r}: {failed[0]}") from failed[0]
+        raise InputError(
+            f"cannot join the Ray cluster at {address!r}: {failed[0]}; if it runs, is its token this user's "
+            "(~/.ray/auth_token, RAY_AUTH_MODE=token)?"
+        ) from failed[0]
 
 
 def looks() -> list[Look]:
@@ -118,7 +121,8 @@ def render(pools: list[Look], before: dict[str, tuple[float, int]], now: float |
     for pool in pools:
         table = Table(title=f"{pool.key}   held by {', '.join(pool.holders) or 'nobody'}", title_justify="left")
         for title in ("replica", "state", "experts", "busy", "queue", "samples/s", "mean batch", "memory", "node"):
-            table.add_column(title, justify="left" if title in ("replica", "state", "experts", "node") else "right")
+            left = title in ("replica", "state", "experts", "node")
+            table.add_column(title, justify="left" if left else "right", overflow="fold")
         for name, replica in pool.replicas.items():
             table.add_row(*_cells(name, replica, before, now))
         asked: dict[str, int] = {}

@@ -170,6 +170,8 @@ def train(
         pool = stack.enter_context(teacher_pool(recipe, family, conditions, latent)) if p.teacher == "remote" else None
         asks_judges = recipe.method.adapt and p.reward == "remote"
         judges = stack.enter_context(reward_pool(recipe, family, prompts)) if asks_judges else None
+        if pool or judges:
+            print(f"watch     raydmd top --address {ray.get_runtime_context().gcs_address}", flush=True)
         samplers = stack.enter_context(sampler_pool(recipe, conditions)) if p.samplers else None
         config = WorkerConfig(
             recipe=recipe,
