@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from bench import code, keep
 from diffusers import WanTransformer3DModel
+from serving.pools import held_by
 
 from raydmd.errors import RunStopped
 from raydmd.models.untrained import write
@@ -159,15 +159,7 @@ def used() -> int:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
-    found = 0
-    for process in psutil.process_iter():
-        try:
-            name = " ".join(process.cmdline())
-            if name.startswith(("ray::RayTrainWorker", "ray::Replica")):
-                found += process.memory_full_info().uss
-        except psutil.Error:  # it ended meanwhile
-            continue
-    return found
+    return held_by("ray::RayTrainWorker", "ray::Replica")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pools
-import psutil
 import ray
 import torch
 from runs import conditions, cycles, dmd2
@@ -92,8 +91,7 @@ def measure(folder: Path, kind: str, rows: list[dict[str, Any]]) -> list[list[di
             )
             held.append(teacher_pool(own, family, table, family.shape().latent, holder=f"bench-{k}"))
         for pool in held:
-            while not pool.loaded(patience=1.0):
-                pass
+            pool.wait()
         trials = [Trial.remote(str(folder), k, held[k % len(held)].client_spec()) for k in range(TRIALS)]
         warm = ray.get([t.run.remote(0, 2) for t in trials])
         with Memory() as memory:
@@ -135,20 +133,8 @@ class Memory:
 
     def _poll(self) -> None:
         while not self._over.wait(2.0):
-            mine, theirs = held_by("ray::Trial"), held_by("ray::ReplicaActor")
+            mine, theirs = pools.held_by("ray::Trial"), pools.held_by("ray::ReplicaActor")
             self.most, self.teachers = max(self.most, mine + theirs), max(self.teachers, theirs)
-
-
-def held_by(prefix: str) -> int:
-    """Bytes of the processes whose title begins so."""
-    found = 0
-    for process in psutil.process_iter():
-        try:
-            if " ".join(process.cmdline()).startswith(prefix):
-                found += process.memory_full_info().uss
-        except psutil.Error:  # it ended meanwhile
-            continue
-    return found
 
 
 if __name__ == "__main__":

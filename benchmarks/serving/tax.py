@@ -79,8 +79,7 @@ def measure(updates: int) -> tuple[list[dict[str, Any]], int]:
         pipeline = Path(locate(recipe.model).settings.path)
         teacher = load_teacher(family, "fp32", device=torch.device("cpu"))
         with teacher_pool(recipe, family, table, latent) as pool:
-            while not pool.loaded(patience=1.0):
-                pass
+            pool.wait()
             plain = [Loop(pipeline, table, batch=8, steps=4, latent=latent) for _ in range(2)]
             local = cycles(
                 dmd2(path, name="local", **changes), LocalClient(TeacherEngine(teacher, Conditions.read(table)))

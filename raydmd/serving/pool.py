@@ -101,12 +101,21 @@ class Pool:
         """
         pool = cls(order, holder, **settings)
         try:
-            while not pool.loaded(patience=1.0):
-                pass
+            pool.wait()
         except BaseException:
             pool.close()
             raise
         return pool
+
+    def wait(self) -> None:
+        """Wait until every replica has loaded.
+
+        Raises:
+            PoolError: as :meth:`loaded` does.
+        """
+        ready = False
+        while not ready:
+            ready = self.loaded(patience=1.0)
 
     @property
     def key(self) -> str:

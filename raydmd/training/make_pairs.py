@@ -104,8 +104,7 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
             timeout=AHEAD * recipe.training.step_timeout,  # each waits for those before it
         )
         with pool:
-            while not pool.loaded(patience=1.0):
-                pass
+            pool.wait()
             client = PoolClient(pool.client_spec(), pool.client_spec().holder)
             client.expect(family.routing().experts)  # a walk from noise to a clean latent meets all
             yield client

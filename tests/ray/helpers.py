@@ -1,10 +1,14 @@
 """A tiny teacher whose misfortunes are steered by files, across processes."""
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,6 +55,28 @@ class Fragile(Denoiser):
 
 
 ROUTING = Routing(("high", "low"), (0.875,))
+
+
+@contextmanager
+def own_cluster(threads: int = 1) -> Iterator[None]:
+    """A Ray of the test's own, whose processes find this folder's modules and use as many threads as this one."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1])])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100_000_000,
+        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        ray.shutdown()
 
 
 def build(folder: Path, device: torch.device = CPU, experts: tuple[str, ...] = ()) -> Experts:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import helpers
 import pytest
-import ray
 import torch
 
 from raydmd.guidance import Guidance
@@ -26,6 +25,7 @@ from raydmd.training.pools import teacher_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from raydmd.models.family import Family
     from raydmd.serving.messages import Request
@@ -35,21 +35,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}},
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-    ray.shutdown()
+    with helpers.own_cluster():
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
 
 
 def requests(family: Family) -> list[Request]:

@@ -22,25 +22,11 @@ from raydmd.serving.pool_client import PoolClient
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    ray.shutdown()
+    with helpers.own_cluster():
+        yield
 
 
 def start(

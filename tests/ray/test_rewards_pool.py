@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import helpers
 import pytest
-import ray
 import torch
 
 from raydmd.models import load_family
@@ -25,19 +25,7 @@ def test_the_zoo_s_reward_in_a_pool_equals_the_local_one(tmp_path: Path) -> None
     generator = torch.Generator().manual_seed(0)
     request = RewardRequest(x_t=torch.randn(4, *shape, generator=generator), conditions=(1, 2, 3, 4), name="four")
     expected = LocalClient(load_reward_engine(recipe, PROMPTS, "cpu")).submit(request).result().answer.value
-    path = str(Path(__file__).parents[2])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}},
-    )
-    try:
-        with reward_pool(recipe, family, PROMPTS) as pool:
-            answer = PoolClient(pool.client_spec(), "rank 0").submit(request).result().answer.value
-    finally:
-        ray.shutdown()
+    with helpers.own_cluster(torch.get_num_threads()), reward_pool(recipe, family, PROMPTS) as pool:
+        answer = PoolClient(pool.client_spec(), "rank 0").submit(request).result().answer.value
     assert expected.shape == (4,)
     torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-6)

@@ -34,24 +34,12 @@ TTL = 4.0
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # A keeper whose leases run out sooner than a test's patience; whoever looks for one finds it.
-    ray.remote(keepers.Keeper).options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=1000
-    ).remote(ttl=TTL, idle=1e9)
-    yield
-    torch.set_num_threads(threads)
-    ray.shutdown()
+    with helpers.own_cluster():
+        # A keeper whose leases run out sooner than a test's patience; whoever looks for one finds it.
+        ray.remote(keepers.Keeper).options(
+            name=NAME, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=1000
+        ).remote(ttl=TTL, idle=1e9)
+        yield
 
 
 @pytest.fixture(autouse=True)
