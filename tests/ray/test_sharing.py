@@ -120,6 +120,9 @@ class Holder:
     """A run in a process of its own, which can be killed."""
 
     def __init__(self, folder: Path) -> None:
+        from raydmd.serving import pool
+
+        pool.TTL = TTL  # no fixture reaches into this process
         self._pool = hold(folder, "killed", copies=1)
 
     def key(self) -> str:
