@@ -26,9 +26,9 @@ from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.training.checkpoint import STUDENT
+from raydmd.training.clips import Sampler, ask, decoded, draw_here
 from raydmd.training.events import EventLog
 from raydmd.training.export import load_student, solver, student_experts
-from raydmd.training.finish import Sampler
 from raydmd.training.pairing import check_pairs, open_pairs
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
@@ -76,14 +76,13 @@ class Bench:
         self.network = type(next(iter(self.teacher.modules.values())).network)
         e = recipe.evaluation
         self._texts = evaluation_prompts(e.samples, seed=e.seed, language=self.judge.language)
-        self._asked = Conditions.read(self.family.encode(list(dict.fromkeys(self._texts)), cache))
+        kept = recipe.data.model_copy(update={"cache": cache})
+        self._asked = ask(recipe.model_copy(update={"data": kept}), self.family, self._texts, device)
 
     def sample(self, name: str, experts: Experts, grid: list[float], guidance: Guidance, **options: Any) -> Samples:
         """Clips of the evaluation's prompts."""
-        unique = list(dict.fromkeys(self._texts))
-        rows = [1 + unique.index(t) for t in self._texts]
-        sampler = Sampler(name, name, experts, grid, guidance, **options)
-        return sampler.run(self.recipe, self.family, self._asked, rows, self._texts, self.device)
+        sampler = Sampler(name, name, grid, guidance, **options)
+        return decoded(self._asked, sampler, draw_here(self._asked, sampler, experts))
 
     def teacher_samples(self) -> list[Samples]:
         """The reference (the teacher on other noise), the teacher, and the teacher undistilled at few steps."""

@@ -23,7 +23,7 @@ from raydmd.process import RectifiedFlow
 from raydmd.serving.batcher import Key
 from raydmd.serving.engine import Engine, load_teacher_engine
 from raydmd.serving.messages import ScoreRequest
-from raydmd.serving.order import Order, Packed, Replicas, pool_key
+from raydmd.serving.order import Order, Packed, Replicas, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def teacher(
     """A pool of such teachers."""
     replicas = Replicas(**{"copies": 1, "cpus": 0.1, **asked})
     load = partial(load_teacher_engine, partial(build, blocks, width), table(folder, width), (4, 8, 8))
-    key = pool_key(
+    key = key_of(
         "teacher", {"blocks": blocks, "width": width, "asked": str(replicas), "exact": deterministic, "mark": mark}
     )
     routing = ROUTING if replicas.each else None

@@ -182,12 +182,12 @@ class Look:
     last_error: str
 
 
-def pool_key(kind: str, facts: Mapping[str, Any]) -> str:
-    """A pool's key: equal for equal facts, whatever process asks.
+def key_of(kind: str, facts: Mapping[str, Any]) -> str:
+    """A key, as of a pool: equal for equal facts, whatever process asks.
 
     Args:
         kind: what people call it, e.g. ``teacher-wan22-tiny``.
-        facts: all that decides its answers and its processes, as JSON knows it.
+        facts: all that decides what it gives and how, as JSON knows it.
 
     Returns:
         The kind and a digest.

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from raydmd.draws import Draws
 from raydmd.evaluation.evaluate import Evaluation, evaluate
 from raydmd.evaluation.instruments import load_instruments
 from raydmd.evaluation.report import write_report
-from raydmd.evaluation.samples import Samples, evaluation_prompts
+from raydmd.evaluation.samples import evaluation_prompts
 from raydmd.guidance import Guidance
-from raydmd.models import load_family, load_teacher
-from raydmd.models.base import Conditions
+from raydmd.models import load_family
 from raydmd.models.places import locate
-from raydmd.models.placing import place, take_back
 from raydmd.process import step_grid
-from raydmd.sampling import sample
+from raydmd.training.clips import Sampler, ask, decoded, draw_here, evaluation_draws, teacher_samples
 from raydmd.training.events import read_lines
 from raydmd.training.export import PIPELINE, add_results, export, load_student, lower, readable, solver, student_experts
 from raydmd.training.plan import CyclePlan
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from raydmd.evaluation.samples import Samples
     from raydmd.models.base import Experts
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
+    from raydmd.serving.order import ClientSpec
 
 CONTACT = "contact.safetensors"
 """Noise and frames of the contact sheet's student rows, so that anyone can make them again."""
@@ -46,7 +42,7 @@ def finish_run(
     checkpoint: str,
     prompts: list[str],
     facts: dict[str, str],
-    trained_seconds: float,
+    pool: ClientSpec | None,
 ) -> tuple[dict[str, float], list[str], str]:
     """Export and evaluate a finished run.
 
@@ -55,21 +51,19 @@ def finish_run(
         checkpoint: its final checkpoint.
         prompts: the training prompts, used for evaluation where there is no judge.
         facts: versions and the like, for the report.
-        trained_seconds: wall time so far.
+        pool: of the teacher, as far as the evaluation asks it; see :func:`raydmd.training.clips.at_pool`.
 
     Returns:
         Figures for tracking, files for tracking, and the table for the terminal.
     """
-    torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
+    # Beside a pool it takes its own share, as the pool does; else all that is there.
+    torch.set_num_threads(recipe.placement.threads if pool else max(torch.get_num_threads(), os.cpu_count() or 1))
     folder, family = recipe.folder, load_family(recipe.model)
     student = load_student(recipe, family, Path(checkpoint))
     written = export(recipe, family, student, folder)
-    evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts)
+    evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts, pool)
     add_results(folder / PIPELINE, evaluation.text())
-    facts = facts | {
-        "training": f"{trained_seconds:.0f} s wall time, start included",
-        "cycles": f"{recipe.training.cycles}",
-    }
+    facts = facts | {"cycles": f"{recipe.training.cycles}"}
     report = write_report(
         folder,
         title=recipe.name,
@@ -87,41 +81,40 @@ def finish_run(
 
 
 def measure(
-    recipe: Recipe, family: Family, student: Experts, prompts: Sequence[str]
+    recipe: Recipe, family: Family, student: Experts, prompts: Sequence[str], pool: ClientSpec | None = None
 ) -> tuple[Evaluation, list[Samples]]:
     """Sample teacher, undistilled teacher and student on the same noise and compare them.
+
+    Args:
+        recipe: the run.
+        family: its pipeline.
+        student: its network.
+        prompts: for the clips, where the model brings no judge.
+        pool: of the teacher; default: it is loaded here.
 
     Returns:
         The figures, and the samples that the contact sheet shows.
     """
-    e, m = recipe.evaluation, recipe.method
-    place = locate(recipe.model)
+    e, place = recipe.evaluation, locate(recipe.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = AttributeJudge.load(place.judge) if place.judge else None
     if judge is not None:
         texts = evaluation_prompts(e.samples, seed=e.seed, language=judge.language)
     else:
         texts = [prompts[i // e.per_prompt % len(prompts)] for i in range(e.samples)]
-    unique = list(dict.fromkeys(texts))
-    conditions = Conditions.read(family.encode(unique, (recipe.data.cache or recipe.folder / "conditions").absolute()))
-    rows = [1 + unique.index(t) for t in texts]
-    teacher = load_teacher(family, recipe.training.precision, device=torch.device("cpu"))
-    lower(recipe, student.modules, device)
-    full = step_grid(e.teacher_steps, m.shift)
-    guided = Guidance(m.guidance if e.guidance is None else e.guidance)
-    few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)
-    plain = Guidance()
-    samplers = [
-        Sampler("teacher", f"teacher, {e.teacher_steps} guided steps", teacher, full, guided),
-        Sampler("undistilled", f"undistilled, {m.steps} steps, unguided", teacher, few, plain),
-        Sampler("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", teacher, half, guided),
-        Sampler("student", f"student, {m.steps} steps", student, few, plain, renoise=solver(recipe) == "renoise"),
-    ]
+    asked = ask(recipe, family, texts, device)
     compared = judge is not None or bool(e.networks)
-    if compared:
-        # Distances are taken to clips from other noise: clips from the same noise are paired and seem nearer.
-        samplers.insert(1, Sampler("reference", "teacher, other seeds", teacher, full, guided, salt=1))
-    made = {s.name: s.run(recipe, family, conditions, rows, texts, device) for s in samplers}
+    teachers = teacher_samples(asked, pool, reference=compared)
+    m = recipe.method
+    own = Sampler(
+        "student",
+        f"student, {m.steps} steps",
+        step_grid(m.steps, m.shift),
+        Guidance(),
+        renoise=solver(recipe) == "renoise",
+    )
+    lower(recipe, student.modules, device)
+    made = {s.name: s for s in (decoded(asked, own, draw_here(asked, own, student)), *teachers)}
     others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
     tools = load_instruments(e, judge=place.reward, device=device)
     if compared:
@@ -132,81 +125,6 @@ def measure(
     grid_rows = contact_rows(texts, e.grid)
     save_contact(recipe, family, made["student"], grid_rows)
     return evaluation, [made[n].take(grid_rows) for n in ("teacher", best, "student")]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One way to make the evaluation's clips.
-
-    Attributes:
-        name: key of its row.
-        title: what a reader sees.
-        experts: the network.
-        grid: its times.
-        guidance: its guidance.
-        salt: other noise for another number.
-        renoise: fresh noise between steps.
-    """
-
-    name: str
-    title: str
-    experts: Experts
-    grid: list[float]
-    guidance: Guidance
-    salt: int = 0
-    renoise: bool = False
-
-    def run(
-        self,
-        recipe: Recipe,
-        family: Family,
-        conditions: Conditions,
-        rows: Sequence[int],
-        texts: list[str],
-        device: torch.device,
-    ) -> Samples:
-        """Make a clip per row of the condition table; the network is on the device only meanwhile."""
-        for module in self.experts.modules.values():
-            place(module, device, spread=recipe.placement.teacher_gpus > 1)
-        clips, start = [], time.perf_counter()
-        for i in range(0, len(rows), recipe.evaluation.batch):
-            part = rows[i : i + recipe.evaluation.batch]
-            draws = evaluation_draws(recipe, range(i, i + len(part)), salt=self.salt)
-            latent = family.shape().latent
-
-            def noise(name: str, draws: Draws = draws, latent: tuple[int, ...] = latent) -> Tensor:
-                return draws.normal(name, latent).to(device)
-
-            def fresh(step: int, noise: Callable[[str], Tensor] = noise) -> Tensor:
-                return noise(f"noise.{step}")
-
-            cond, uncond = (conditions.rows(r).to(device) for r in (part, [0] * len(part)))
-            latents = sample(
-                self.experts,
-                noise("noise"),
-                cond,
-                uncond,
-                grid=self.grid,
-                guidance=self.guidance,
-                fresh=fresh if self.renoise else None,
-            )
-            clips.append(family.decode(latents).cpu())
-        seconds = (time.perf_counter() - start) / len(rows)
-        for module in self.experts.modules.values():
-            take_back(module)
-        return Samples(
-            name=self.name,
-            title=self.title,
-            clips=torch.cat(clips),
-            prompts=texts,
-            evaluations=(len(self.grid) - 1) * (2 if self.guidance.active else 1),
-            seconds=seconds,
-        )
-
-
-def evaluation_draws(recipe: Recipe, positions: Sequence[int], *, salt: int = 0) -> Draws:
-    """The random numbers of evaluation samples, the same for every method."""
-    return Draws(recipe.evaluation.seed + salt, "evaluation", list(positions))
 
 
 def contact_rows(texts: Sequence[str], count: int) -> list[int]:

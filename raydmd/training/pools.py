@@ -14,7 +14,7 @@ from raydmd.models.sizes import training_latents
 from raydmd.pairs.manifest import prompts_digest
 from raydmd.rewards.engine import load_reward_engine
 from raydmd.serving.engine import load_teacher_engine
-from raydmd.serving.order import Order, Packed, Replicas, pool_key
+from raydmd.serving.order import Order, Packed, Replicas, key_of
 from raydmd.serving.pool import Pool
 from raydmd.training.sampling import load_sampler_engine
 
@@ -51,17 +51,9 @@ def teacher_pool(
     """
     p, routing = recipe.placement, family.routing()
     asked = teacher_replicas(p)
-    facts = {
-        "pipeline": (family.pipeline.__name__, family.prediction, repr(family.process)),
-        "weights": fingerprint(locate(recipe.model).settings, routing.experts),
-        "boundaries": routing.boundaries,
-        "precision": recipe.training.precision,
-        "compile": p.teacher_compile,
-        "quantize": p.teacher_quantize,
-        **_facts(asked, deterministic=recipe.deterministic),
-    }
+    facts = {**teacher_facts(recipe, family), **_facts(asked, deterministic=recipe.deterministic)}
     order = Order(
-        key=pool_key(f"teacher-{_name(recipe)}", facts),
+        key=key_of(f"teacher-{_name(recipe)}", facts),
         build=Packed.of(
             functools.partial(load_teacher_engine, functools.partial(build_teacher, recipe), str(conditions), latent)
         ),
@@ -104,7 +96,7 @@ def reward_pool(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Pool:
         **_facts(asked, deterministic=recipe.deterministic),
     }
     order = Order(
-        key=pool_key(f"reward-{_name(recipe)}", facts),
+        key=key_of(f"reward-{_name(recipe)}", facts),
         build=Packed.of(functools.partial(load_reward_engine, recipe, prompts)),
         asked=asked,
         deterministic=recipe.deterministic,
@@ -124,11 +116,24 @@ def sampler_pool(recipe: Recipe, conditions: Path) -> Pool:
         copies=p.samplers, cpus=p.sampler_cpus, gpus=p.sampler_gpus, threads=p.threads, batch_items=p.batch_items
     )
     order = Order(
-        key=pool_key(f"sampler-{recipe.name}", {"recipe": recipe.to_yaml(), **_facts(asked, deterministic=False)}),
+        key=key_of(f"sampler-{recipe.name}", {"recipe": recipe.to_yaml(), **_facts(asked, deterministic=False)}),
         build=Packed.of(functools.partial(load_sampler_engine, recipe, str(conditions))),
         asked=asked,
     )
     return Pool(order, recipe.name, request_timeout=recipe.training.step_timeout)
+
+
+def teacher_facts(recipe: Recipe, family: Family) -> dict[str, Any]:
+    """What decides a frozen teacher's answers, its process aside."""
+    p, routing = recipe.placement, family.routing()
+    return {
+        "pipeline": (family.pipeline.__name__, family.prediction, repr(family.process)),
+        "weights": fingerprint(locate(recipe.model).settings, routing.experts),
+        "boundaries": routing.boundaries,
+        "precision": recipe.training.precision,
+        "compile": p.teacher_compile,
+        "quantize": p.teacher_quantize,
+    }
 
 
 def teacher_replicas(p: Placement) -> Replicas:

@@ -26,6 +26,7 @@ from raydmd.models import load_family
 from raydmd.models.sizes import size_notes, training_latents
 from raydmd.models.speed import check_quantize
 from raydmd.tracking.tracker import Tracker
+from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import encode, training_prompts
 from raydmd.training.events import read_lines
@@ -39,6 +40,8 @@ from raydmd.training.stopping import fit, stop_on_signals
 if TYPE_CHECKING:
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
+    from raydmd.serving.order import ClientSpec
+    from raydmd.serving.pool import Pool
 
 
 def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
@@ -119,11 +122,17 @@ def conduct(
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
         largest = max(training_latents(family, recipe.data), key=math.prod)
-        # A run that was trained but not evaluated goes on from there.
-        checkpoint = trained(folder) or train(
-            recipe, family, largest, conditions, prompts, tracker, max_cycles, real, pairs
-        )
-        figures, artifacts = finish(recipe, checkpoint, prompts, stop, started=start)
+        with contextlib.ExitStack() as stack:
+            remote = recipe.placement.teacher == "remote"
+            pool = stack.enter_context(teacher_pool(recipe, family, conditions, largest)) if remote else None
+            # A run that was trained but not evaluated goes on from there.
+            checkpoint = trained(folder) or train(
+                recipe, family, pool, conditions, prompts, tracker, max_cycles, real, pairs
+            )
+            if pool and not at_pool(recipe, family):
+                pool.close()  # its place is needed
+            asked = pool.client_spec() if pool and at_pool(recipe, family) else None
+            figures, artifacts = finish(recipe, checkpoint, prompts, stop, asked, started=start)
         publish(tracker, figures, artifacts)
     except RunStopped:
         tracker.end("KILLED")
@@ -156,7 +165,7 @@ def quiet() -> None:
 def train(
     recipe: Recipe,
     family: Family,
-    latent: tuple[int, ...],
+    pool: Pool | None,
     conditions: Path,
     prompts: list[str],
     tracker: Tracker,
@@ -164,10 +173,9 @@ def train(
     real: Path | None = None,
     pairs: Path | None = None,
 ) -> Path:
-    """Run the workers to the end; returns the final checkpoint's folder. The teacher warms up on a ``latent``."""
+    """Run the workers to the end; returns the final checkpoint's folder."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(teacher_pool(recipe, family, conditions, latent)) if p.teacher == "remote" else None
         asks_judges = recipe.method.adapt and p.reward == "remote"
         judges = stack.enter_context(reward_pool(recipe, family, prompts)) if asks_judges else None
         if pool or judges:
@@ -240,19 +248,23 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result
 
 
 def finish(
-    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, *, started: float
+    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, pool: ClientSpec | None, *, started: float
 ) -> tuple[dict[str, float], list[Path]]:
-    """Export and evaluate in a process of its own, where a teacher's resources are."""
+    """Export and evaluate in a process of its own: in a worker's place beside the pool, or else in a teacher's."""
     from raydmd.training.finish import finish_run
 
     p = recipe.placement
     task = ray.remote(finish_run).options(
         num_cpus=min(p.teacher_cpus, p.worker_cpus),
-        num_gpus=p.teacher_gpus or p.worker_gpus,
+        num_gpus=p.worker_gpus if pool else p.teacher_gpus or p.worker_gpus,
         max_retries=1,
     )
-    facts = {**versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    reference = task.remote(recipe, str(checkpoint), prompts, facts, time.monotonic() - started)
+    facts = {
+        **versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "training": f"{time.monotonic() - started:.0f} s wall time, start included",
+    }
+    reference = task.remote(recipe, str(checkpoint), prompts, facts, pool)
     print("exporting and evaluating ...", flush=True)
     deadline = time.monotonic() + recipe.evaluation.timeout
     while not ray.wait([reference], timeout=1.0)[0]:

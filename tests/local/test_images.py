@@ -60,7 +60,7 @@ def test_the_experiment_runs_to_its_report(tmp_path, method):
     assert all(("student/reward" in row) == (r.method.adapt is not None) for row in rows)
 
     checkpoint = max(r.folder.glob("cycle-*final"))
-    figures, files, table_text = finish_run(r, str(checkpoint), PROMPTS, {}, 1.0)
+    figures, files, table_text = finish_run(r, str(checkpoint), PROMPTS, {}, None)
     assert all(Path(f).exists() for f in files)
     assert {"evaluation/joint", "evaluation/accuracy_place", "evaluation/accuracy_size"} <= set(figures)
     assert not {"evaluation/flow", "evaluation/dynamic_degree", "evaluation/accuracy_speed"} & set(figures)

@@ -19,7 +19,7 @@ from raydmd.models.base import Conditions, Denoiser, Experts, Routing
 from raydmd.process import RectifiedFlow
 from raydmd.serving.engine import load_teacher_engine
 from raydmd.serving.messages import ScoreRequest
-from raydmd.serving.order import Order, Packed, Replicas, pool_key
+from raydmd.serving.order import Order, Packed, Replicas, key_of
 
 CPU = torch.device("cpu")
 LATENT = (4, 2)
@@ -103,7 +103,7 @@ def order(
     load, file = teacher(folder)
     replicas = Replicas(**{"copies": copies, "cpus": 0.1, "batch_wait": batch_wait, **asked})
     made = Order(
-        key=pool_key("teacher", {"folder": str(folder), "asked": str(replicas), "deterministic": deterministic}),
+        key=key_of("teacher", {"folder": str(folder), "asked": str(replicas), "deterministic": deterministic}),
         build=Packed.of(partial(load_teacher_engine, load, file, LATENT if warm else None)),
         asked=replicas,
         deterministic=deterministic,
