@@ -48,6 +48,8 @@ class Placement(Section):
     worker_resources: dict[str, Positive] = Field(default_factory=dict)
     """Custom resources of the trainers' nodes, e.g. ``{trainer: 1}``."""
     teacher_resources: dict[str, Positive] = Field(default_factory=dict)
+    wire: Literal["plasma", "nixl"] = "plasma"
+    """How large tensors reach the pools: through Ray's object store, or by NIXL from GPU to GPU."""
     threads: Count = 1
     """CPU threads of each worker and replica."""
     batch_items: Count = 64

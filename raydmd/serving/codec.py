@@ -1,12 +1,14 @@
 """Tensors to and from what crosses a process border: numpy and scalars, never torch.
 
 Ray's object store moves numpy arrays without copying them; a pickled tensor of 64 MB takes 6 to 14
-times as long. numpy knows no bfloat16, so its bits travel as uint16.
+times as long. numpy knows no bfloat16, so its bits travel as uint16. Large tensors may be lent instead: then their
+place in the message is taken by what they are fetched with, see :mod:`raydmd.serving.direct`.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
@@ -30,16 +32,26 @@ with warnings.catch_warnings():
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
+INLINE = 64 << 10
+"""Bytes up to which a tensor travels within the call: the object store, or lending it, costs more than the copy."""
+Lend = Callable[[Tensor], Any]
+"""Keeps a tensor for whoever has what it returns."""
+Fetch = Callable[[Any], Tensor]
+"""Gets what was lent."""
+
+
 class ArrayWire(TypedDict):
     """A tensor on the wire.
 
     Attributes:
-        data: its values, or the bits of a bfloat16 tensor as uint16.
+        data: its values, or the bits of a bfloat16 tensor as uint16; empty if it was lent.
         bf16: whether ``data`` holds such bits.
+        lent: what it is fetched with, or nothing.
     """
 
     data: NDArray[Any]
     bf16: bool
+    lent: Any
 
 
 class RequestWire(TypedDict):
@@ -59,6 +71,9 @@ class RequestWire(TypedDict):
     rollout: tuple[Draws, int, int] | None
 
 
+_NOTHING = np.empty(0, np.uint8)
+
+
 class ReplyWire(TypedDict):
     """A :class:`~raydmd.serving.messages.Reply` on the wire."""
 
@@ -69,11 +84,12 @@ class ReplyWire(TypedDict):
     batch_items: int
 
 
-def encode_array(tensor: Tensor) -> ArrayWire:
+def encode_array(tensor: Tensor, lend: Lend | None = None) -> ArrayWire:
     """A tensor as numpy; shares memory with a contiguous CPU tensor.
 
     Args:
         tensor: any shape and device.
+        lend: for tensors beyond :data:`INLINE`, if there is a way.
 
     Returns:
         Its wire form.
@@ -81,32 +97,49 @@ def encode_array(tensor: Tensor) -> ArrayWire:
     Raises:
         TypeError: for dtypes that neither numpy nor this codec knows.
     """
+    if lend is not None and tensor.nbytes > INLINE:
+        return ArrayWire(data=_NOTHING, bf16=False, lent=lend(tensor))
     plain = tensor.detach().contiguous().cpu()
     bf16 = plain.dtype == torch.bfloat16
     # numpy() of a 0-d bfloat16 is refused too, so the view comes first; both keep shape and size.
-    return ArrayWire(data=(plain.view(torch.uint16) if bf16 else plain).numpy(), bf16=bf16)
+    return ArrayWire(data=(plain.view(torch.uint16) if bf16 else plain).numpy(), bf16=bf16, lent=None)
 
 
-def decode_array(wire: ArrayWire) -> Tensor:
-    """The tensor of a wire array, on the CPU. It shares the array's memory: nobody may write to it in place."""
+def decode_array(wire: ArrayWire, fetch: Fetch | None = None) -> Tensor:
+    """The tensor of a wire array, on the CPU or where it was lent.
+
+    It shares the array's memory: nobody may write to it in place.
+
+    Args:
+        wire: encoded.
+        fetch: for tensors that were lent.
+
+    Raises:
+        InputError: if it was lent, and there is no way to fetch it.
+    """
+    if wire["lent"] is not None:
+        if fetch is None:
+            raise InputError("a tensor was lent, and this process was not told how to fetch it")
+        return fetch(wire["lent"])
     tensor = torch.from_numpy(wire["data"])
     return tensor.view(torch.bfloat16) if wire["bf16"] else tensor
 
 
-def encode_request(request: Request, client: str, table: str = "") -> RequestWire:
+def encode_request(request: Request, client: str, table: str = "", lend: Lend | None = None) -> RequestWire:
     """A request for the wire; its arrays share memory with the request's CPU tensors.
 
     Args:
         request: of any kind.
         client: who asks.
         table: file of the condition table that its rows are of.
+        lend: see :func:`encode_array`.
 
     Returns:
         Its wire form.
     """
     wire = RequestWire(
         kind="reward",
-        x_t=encode_array(request.x_t),
+        x_t=encode_array(request.x_t, lend),
         t=None,
         grid=(),
         conditions=tuple(request.conditions),
@@ -128,9 +161,9 @@ def encode_request(request: Request, client: str, table: str = "") -> RequestWir
     return wire
 
 
-def decode_request(wire: RequestWire) -> Request:
-    """The request of a wire record; who asked stays in ``wire["client"]``."""
-    x_t, conditions, name = decode_array(wire["x_t"]), wire["conditions"], wire["name"]
+def decode_request(wire: RequestWire, fetch: Fetch | None = None) -> Request:
+    """The request of a wire record; who asked stays in ``wire["client"]``. See :func:`decode_array`."""
+    x_t, conditions, name = decode_array(wire["x_t"], fetch), wire["conditions"], wire["name"]
     if wire["kind"] == "reward":
         return RewardRequest(x_t=x_t, conditions=conditions, name=name)
     if wire["rollout"] is not None:
@@ -160,23 +193,23 @@ def decode_request(wire: RequestWire) -> Request:
     )
 
 
-def encode_reply(reply: Reply) -> ReplyWire:
-    """A reply for the wire; its arrays share memory with the reply's CPU tensors."""
+def encode_reply(reply: Reply, lend: Lend | None = None) -> ReplyWire:
+    """A reply for the wire; its arrays share memory with the reply's CPU tensors. See :func:`encode_array`."""
     uncond = reply.answer.uncond
     return ReplyWire(
-        value=encode_array(reply.answer.value),
-        uncond=None if uncond is None else encode_array(uncond),
+        value=encode_array(reply.answer.value, lend),
+        uncond=None if uncond is None else encode_array(uncond, lend),
         replica=reply.replica,
         seconds=reply.seconds,
         batch_items=reply.batch_items,
     )
 
 
-def decode_reply(wire: ReplyWire) -> Reply:
-    """The reply of a wire record, on the CPU."""
-    uncond = None if wire["uncond"] is None else decode_array(wire["uncond"])
+def decode_reply(wire: ReplyWire, fetch: Fetch | None = None) -> Reply:
+    """The reply of a wire record, on the CPU or where it was lent. See :func:`decode_array`."""
+    uncond = None if wire["uncond"] is None else decode_array(wire["uncond"], fetch)
     return Reply(
-        answer=Answer(value=decode_array(wire["value"]), uncond=uncond),
+        answer=Answer(value=decode_array(wire["value"], fetch), uncond=uncond),
         replica=wire["replica"],
         seconds=wire["seconds"],
         batch_items=wire["batch_items"],

@@ -290,6 +290,7 @@ def _start(order: Order, start: Start) -> Any:
         deterministic=order.deterministic,
         experts=start.experts,
         pool=order.key,
+        wire=asked.wire,
     )
     options = ray.remote(ReplicaActor).options(
         num_cpus=asked.cpus,
@@ -300,6 +301,7 @@ def _start(order: Order, start: Start) -> Any:
         max_task_retries=0,
         max_concurrency=2 * order.queue_limit + asked.batch_items + _SPARE_CALLS,
         scheduling_strategy="SPREAD",
+        enable_tensor_transport=asked.wire == "nixl",
     )
     return options.remote(order.build, settings)
 

@@ -17,9 +17,8 @@ from raydmd.serving.health import Limits
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ray.exceptions import RayError
-
     from raydmd.models.base import Routing
+    from raydmd.serving.direct import Wire
     from raydmd.serving.engine import Build, Engine
     from raydmd.serving.replica import ReplicaStats
 
@@ -42,6 +41,7 @@ class Replicas:
         batch_items: samples in one forward.
         batch_wait: seconds a request waits for company.
         each: experts that each holds, of a model that has several; 0 for all.
+        wire: how large tensors come and go.
     """
 
     copies: int
@@ -53,6 +53,7 @@ class Replicas:
     batch_items: int = 64
     batch_wait: float = 0.003
     each: int = 0
+    wire: Wire = "plasma"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class ClientSpec:
         table: file of the condition table that requests are about.
         deterministic: route by request name.
         routing: the model's experts, where each replica holds some of them.
+        wire: how large tensors come and go.
         start_timeout: seconds that a client's first request waits for replicas that are still loading.
         request_timeout: seconds from submit to a request's deadline.
         attempt_timeout: seconds after which a silent attempt is repeated elsewhere.
@@ -120,6 +122,7 @@ class ClientSpec:
     table: str
     deterministic: bool
     routing: Routing | None
+    wire: Wire
     start_timeout: float
     request_timeout: float
     attempt_timeout: float
@@ -205,6 +208,6 @@ def find_keeper() -> Any:
     return ray.get_actor(NAME, namespace=NAMESPACE)
 
 
-def plain(error: RayError) -> str:
-    """A Ray error's text without terminal colours."""
+def plain(error: Exception) -> str:
+    """An error's text without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()

@@ -80,6 +80,7 @@ class Pool:
             table=table,
             deterministic=order.deterministic,
             routing=order.routing,
+            wire=order.asked.wire,
             start_timeout=start_timeout,
             request_timeout=request_timeout,
             attempt_timeout=request_timeout / 3 if attempt_timeout is None else attempt_timeout,

@@ -19,7 +19,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from raydmd.errors import PoolExhausted, RaydmdError, ScoreTimeout
 from raydmd.methods.terms import Answer
 from raydmd.serving.client import Client, Pending, ReplicaBusy, ReplicaFailed
-from raydmd.serving.codec import ArrayWire, RequestWire, decode_reply, encode_request
+from raydmd.serving.codec import INLINE, ArrayWire, RequestWire, decode_reply, encode_request
+from raydmd.serving.direct import fetch, lend
 from raydmd.serving.membership import FETCH_TIMEOUT, Membership
 from raydmd.serving.messages import split
 from raydmd.serving.order import plain
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 _SLICE = 0.2
 FORWARDS = 3
 """Forwards that may raise for one request before it gives up; a dead process or a silence is no such failure."""
-INLINE = 64 << 10
-"""Bytes up to which a request travels within the call: the object store costs more than the copy."""
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
 
 
@@ -136,6 +135,7 @@ class PoolClient(Client):
         self._spec = spec
         self._id = client_id
         self._clock = clock
+        self._lend = lend if spec.wire == "nixl" else None
         self._members = Membership(spec, client_id)
         # Weak, so that a request its trainer forgot does not count as outstanding for ever.
         self._open: weakref.WeakSet[PoolPending] = weakref.WeakSet()
@@ -167,7 +167,7 @@ class PoolClient(Client):
             self._met = True
         now = self._clock()
         parts = split(request, self._spec.routing)
-        legs = [_Leg(_kept(encode_request(part, self._id, self._spec.table)), experts) for part, experts in parts]
+        legs = [_Leg(_kept(encode_request(p, self._id, self._spec.table, self._lend)), e) for p, e in parts]
         pending = PoolPending(self, request, legs, now)
         self._open.add(pending)
         self._members.follow(now)
@@ -216,7 +216,7 @@ class PoolClient(Client):
             replica = self._members.replicas[name]
             now = self._clock()
             try:
-                reply = decode_reply(ray.get(attempt.ref, timeout=FETCH_TIMEOUT))
+                reply = decode_reply(ray.get(attempt.ref, timeout=FETCH_TIMEOUT), fetch)
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, ReplicaBusy):
@@ -240,13 +240,13 @@ class PoolClient(Client):
                 why = f"replica {name!r}: {plain(error)}"
                 replica.health.process_lost(now, why)
                 self._fail(pending, why, now)
-            except RayError as error:
+            except (RayError, ReplicaFailed) as error:
                 why = f"replica {name!r}: {plain(error)}"
                 replica.health.request_failed(now, why)
                 self._fail(pending, why, now)
             else:
                 replica.health.request_succeeded()
-                if pending.device.type == "cpu":
+                if reply.answer.value.device == pending.device:
                     return reply
                 uncond = reply.answer.uncond
                 there = Answer(
@@ -366,7 +366,7 @@ def _kept(wire: RequestWire) -> Any:
 
 
 def _copied(wire: ArrayWire) -> ArrayWire:
-    return ArrayWire(data=wire["data"].copy(), bf16=wire["bf16"])
+    return ArrayWire(data=wire["data"].copy(), bf16=wire["bf16"], lent=wire["lent"])
 
 
 def _failed(ref: Any) -> bool:

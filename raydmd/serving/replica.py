@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.methods.terms import Answer
+    from raydmd.serving.direct import Wire
     from raydmd.serving.engine import Build
     from raydmd.serving.messages import Request
     from raydmd.serving.metrics import Metrics
@@ -48,6 +50,7 @@ class ReplicaSettings:
         deterministic: deterministic kernels, and no batching across requests.
         experts: to hold at the start, of a model whose replicas hold some each; empty for all.
         pool: that it belongs to, for metrics.
+        wire: how large tensors come and go.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ReplicaSettings:
     deterministic: bool = False
     experts: tuple[str, ...] = ()
     pool: str = ""
+    wire: Wire = "plasma"
 
 
 class ReplicaStats(TypedDict):
@@ -108,7 +112,7 @@ class ReplicaStats(TypedDict):
 @dataclass(frozen=True)
 class _Job:
     request: Request
-    future: asyncio.Future[ReplyWire]
+    future: asyncio.Future[Reply]
     came: float
 
 
@@ -150,6 +154,7 @@ class Replica:
         self._engine = self._forward.run(lambda: build(settings.device, settings.experts)).result()
         self._experts = settings.experts
         self._forward.run(self._engine.warm_up).result()
+        self._transfers = ThreadPoolExecutor(1, "transfers") if settings.wire == "nixl" else None
         self._histogram: Counter[int] = Counter()
         self._clients: Counter[str] = Counter()
         self._metrics = metrics
@@ -176,9 +181,20 @@ class Replica:
         """
         self._open += 1
         try:
-            return await self._queued(decode_request(payload), payload["client"])
+            if self._transfers is None:
+                return encode_reply(await self._queued(decode_request(payload), payload["client"]))
+            return await self._lending(payload)
         finally:
             self._open -= 1
+
+    async def _lending(self, payload: RequestWire) -> ReplyWire:
+        """As :meth:`score`, of tensors that are fetched, and lent, by a thread of their own."""
+        from raydmd.serving import direct  # brings Ray in, which this module does without
+
+        run = asyncio.get_running_loop().run_in_executor
+        request = await run(self._transfers, decode_request, payload, direct.fetch)
+        reply = await self._queued(request, payload["client"])
+        return await run(self._transfers, encode_reply, reply, direct.lend)
 
     async def walk_on(self, payload: RequestWire, before: ReplyWire) -> ReplyWire:
         """Answer a walk that begins where another one ended, elsewhere; see :meth:`score`."""
@@ -197,7 +213,7 @@ class Replica:
             await asyncio.wrap_future(self._forward.run(lambda: self._engine.hold(experts)))
             self._experts, self._moving = experts, False
 
-    async def _queued(self, request: Request, client: str) -> ReplyWire:
+    async def _queued(self, request: Request, client: str) -> Reply:
         size = request.x_t.shape[0]
         if size < 1:
             raise InputError(f"request {request.name!r} has no samples")
@@ -281,8 +297,9 @@ class Replica:
             self._answered += 1
             self._clients[entry.client] += entry.items
             if not future.done():
-                reply = Reply(answer=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
-                future.set_result(encode_reply(reply))
+                future.set_result(
+                    Reply(answer=outcome, replica=self._settings.name, seconds=seconds, batch_items=items)
+                )
         if self._metrics:
             self._metrics.ran(served, seconds, self._forward.queued(), self._busy)
 

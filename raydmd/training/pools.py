@@ -85,6 +85,7 @@ def reward_pool(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Pool:
         threads=p.threads,
         batch_items=p.batch_items,
         batch_wait=p.batch_wait,
+        wire=p.wire,
     )
     facts = {
         "model": locate(recipe.model).settings.model_dump(mode="json"),
@@ -113,7 +114,12 @@ def sampler_pool(recipe: Recipe, conditions: Path) -> Pool:
     """
     p = recipe.placement
     asked = Replicas(
-        copies=p.samplers, cpus=p.sampler_cpus, gpus=p.sampler_gpus, threads=p.threads, batch_items=p.batch_items
+        copies=p.samplers,
+        cpus=p.sampler_cpus,
+        gpus=p.sampler_gpus,
+        threads=p.threads,
+        batch_items=p.batch_items,
+        wire=p.wire,
     )
     order = Order(
         key=key_of(f"sampler-{recipe.name}", {"recipe": recipe.to_yaml(), **_facts(asked, deterministic=False)}),
@@ -148,6 +154,7 @@ def teacher_replicas(p: Placement) -> Replicas:
         batch_items=p.batch_items,
         batch_wait=p.batch_wait,
         each=p.teacher_experts,
+        wire=p.wire,
     )
 
 
@@ -204,6 +211,7 @@ def _facts(asked: Replicas, *, deterministic: bool) -> dict[str, Any]:
         "threads": asked.threads,
         "batch": (asked.batch_items, asked.batch_wait),
         "each": asked.each,
+        "wire": asked.wire,
     }
 
 

@@ -25,6 +25,7 @@ from raydmd.methods.presets import build_method
 from raydmd.models import load_family
 from raydmd.models.sizes import size_notes, training_latents
 from raydmd.models.speed import check_quantize
+from raydmd.serving.direct import check_wire
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
@@ -71,6 +72,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     except ValueError as error:
         raise InputError(f"method: {error}") from None
     check_quantize(recipe.placement.teacher_quantize)
+    check_wire(recipe.placement.wire)
     for phase in method.phases:
         asked = method.asks(phase, family.routing())
         check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())

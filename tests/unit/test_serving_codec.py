@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from raydmd.errors import InputError
 from raydmd.guidance import Guidance
 from raydmd.methods.terms import Answer
 from raydmd.serving.codec import (
@@ -111,3 +112,28 @@ def test_every_kind_of_request_comes_back_as_it_was() -> None:
         for field in dataclasses.fields(request):
             ours, theirs = getattr(request, field.name), getattr(back, field.name)
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def test_large_tensors_are_lent_where_there_is_a_way() -> None:
+    kept: list[torch.Tensor] = []
+
+    def lend(tensor: torch.Tensor) -> int:
+        kept.append(tensor)
+        return len(kept) - 1
+
+    large, small = torch.randn(1, 1 << 15), torch.randn(1, 4)
+    for tensor, lent in ((large, True), (small, False)):
+        request = RewardRequest(x_t=tensor, conditions=(0,))
+        wire = pickle.loads(pickle.dumps(encode_request(request, "c", lend=lend)))
+        assert (wire["x_t"]["lent"] is not None) is lent
+        assert torch.equal(decode_request(wire, kept.__getitem__).x_t, tensor)
+        reply = encode_reply(
+            Reply(answer=Answer(value=tensor, uncond=tensor), replica="r", seconds=0.0, batch_items=1), lend
+        )
+        again = decode_reply(pickle.loads(pickle.dumps(reply)), kept.__getitem__)
+        assert again.answer.uncond is not None
+        assert torch.equal(again.answer.value, tensor)
+        assert torch.equal(again.answer.uncond, tensor)
+    assert len(kept) == 3
+    with pytest.raises(InputError, match="was lent"):
+        decode_array(encode_array(large, lend))
