@@ -76,6 +76,10 @@ class Refused:
     queued: int
 
 
+LOOK = 64
+"""How far back in a client's line a request is looked for that fills a batch."""
+
+
 class _Bucket(Generic[T]):
     """Requests of one key, a line per client; the client at the front is next."""
 
@@ -110,7 +114,25 @@ class _Bucket(Generic[T]):
                 self.lines.move_to_end(client)
             else:
                 del self.lines[client]
+        if batch and max_requests is None:
+            batch += self._fill(room)
         return batch
+
+    def _fill(self, room: int) -> list[Entry[T]]:
+        """Requests further back that still fit, where the first of each client do not."""
+        found: list[Entry[T]] = []
+        for line in self.lines.values():  # none of them is emptied: its first one did not fit
+            at = 1
+            while room > 0 and at < min(len(line), LOOK):
+                entry = line[at]
+                if entry.items > room:
+                    at += 1
+                    continue
+                del line[at]
+                found.append(entry)
+                room -= entry.items
+                self.items -= entry.items
+        return found
 
 
 class Batcher(Generic[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -156,6 +157,7 @@ class TeacherEngine(Engine):
         return self._tables[content]
 
 
+@functools.cache
 def _content(table: str) -> str:
     """What a table's file is called, which is the digest of what is in it: runs have copies of their own."""
     return Path(table).stem

@@ -73,7 +73,7 @@ def test_a_request_is_never_split_and_an_oversized_one_goes_alone() -> None:
     b = batcher(max_items=4, max_wait=0.0)
     for name, items in (("three", 3), ("nine", 9), ("one", 1)):
         b.offer(HIGH, "a", items, name, now=0.0)
-    assert [payloads(b, 0.0) for _ in range(3)] == [["three"], ["nine"], ["one"]]
+    assert [payloads(b, 0.0) for _ in range(3)] == [["three", "one"], ["nine"], None]
 
 
 def test_a_request_that_does_not_fit_lets_others_fill_the_batch_and_is_the_first_of_the_next() -> None:
@@ -81,6 +81,14 @@ def test_a_request_that_does_not_fit_lets_others_fill_the_batch_and_is_the_first
     for client, name, items in (("a", "a2", 2), ("b", "b4", 4), ("c", "c1", 1), ("c", "c2", 1), ("d", "d1", 1)):
         b.offer(HIGH, client, items, name, now=0.0)
     assert [payloads(b, 0.0) for _ in range(3)] == [["a2", "c1", "d1"], ["b4"], ["c2"]]
+
+
+def test_one_clients_smaller_requests_fill_the_batch_too() -> None:
+    b = batcher(max_items=8, max_wait=0.0)
+    for name, items in (("a", 5), ("b", 4), ("c", 2), ("d", 3), ("e", 1)):
+        b.offer(HIGH, "one", items, name, now=0.0)
+    assert [payloads(b, 0.0) for _ in range(2)] == [["a", "c", "e"], ["b", "d"]]
+    assert len(b) == 0
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
