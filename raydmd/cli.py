@@ -7,26 +7,24 @@ refused input answer at once. What runs is :func:`raydmd.training.run.run`, impo
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from pydantic_core import to_jsonable_python
 
 import raydmd
 from raydmd import recipe_io
-from raydmd.errors import DONE, FAILED, STOPPED, InputError, RaydmdError, RunStopped
-from raydmd.models.places import UNTRAINED
+from raydmd.cli_faults import guard
+from raydmd.cli_sweep import sweep_commands
+from raydmd.errors import DONE, InputError
+from raydmd.models.places import in_zoo
 from raydmd.recipe import FREE, Recipe, combine, known_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-T = TypeVar("T")
 
 FLAGS = {
     "model": "model.path",
@@ -104,17 +102,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _make_pairs
     )
     app.command("sample")(_sample)
+    app.add_typer(sweep_commands(), name="sweep", help="Search over recipes.")
     app.command("top")(_top)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
-
-
-def in_zoo(model: str) -> bool:
-    """Whether ``model`` names a pipeline that ships with the package, or one that it makes on first use."""
-    plain = model not in ("", ".", "..") and "/" not in model
-    ships = plain and resources.files("raydmd.zoo").joinpath("data", model).is_dir()
-    return ships or (plain and model.endswith(UNTRAINED))
 
 
 def read_overrides(words: Sequence[str], *, files: int = 0) -> tuple[list[str], list[str]]:
@@ -214,12 +206,12 @@ def _front(
                 raise InputError("which recipe? raydmd run FILE; 'raydmd recipe' prints one to edit")
             return _resolve(parent, file, [*flags, *keys])
 
-        resolved = _guard(resolve, None)
+        resolved = guard(resolve, None)
         if dry_run:
             typer.echo(resolved.to_yaml(), nl=False)
             raise typer.Exit(DONE)
         wanted = pairs and pairs[0 if in_zoo(resolved.model.path) else 1]
-        raise typer.Exit(_guard(lambda: _run(resolved, max_cycles, pairs=wanted), resolved))
+        raise typer.Exit(guard(lambda: _run(resolved, max_cycles, pairs=wanted), resolved))
 
     return run_recipe
 
@@ -259,14 +251,14 @@ def _make_pairs(
             raise InputError("how many pairs? raydmd pairs FILE --count N")
         return _resolve(lambda _: Recipe(), Path(files[0]), keys), count
 
-    recipe, wanted = _guard(resolve, None)
+    recipe, wanted = guard(resolve, None)
 
     def make() -> int:
         from raydmd.training.make_pairs import make
 
         return make(recipe, wanted, output, shard=shard)
 
-    raise typer.Exit(_guard(make, None))
+    raise typer.Exit(guard(make, None))
 
 
 def _sample(
@@ -292,7 +284,7 @@ def _sample(
         typer.echo(f"sheet     {shown.sheet}\nsamples   {shown.files[0].parent} ({len(shown.files)} files)")
         return DONE
 
-    raise typer.Exit(_guard(make, None))
+    raise typer.Exit(guard(make, None))
 
 
 def _top(
@@ -309,7 +301,7 @@ def _top(
 
         top(address, once=once, as_json=as_json)
 
-    _guard(show, None)
+    guard(show, None)
 
 
 def _print_recipe(
@@ -325,7 +317,7 @@ def _print_recipe(
         keys, _ = read_overrides(ctx.args)
         return _resolve(lambda _: Recipe(), file, keys)
 
-    recipe = _guard(resolve, None)
+    recipe = guard(resolve, None)
     typer.echo(recipe.to_yaml(), nl=False)
     typer.echo("# Off; any of a section's keys switches it on:")
     for key, value in recipe_io.switched_off(recipe).items():
@@ -348,61 +340,13 @@ def _root(
 
 
 def _app() -> typer.Typer:
-    # Plain text in a terminal and in a job log alike; faults are reported by _guard.
+    # Plain text in a terminal and in a job log alike; faults are reported by guard.
     return typer.Typer(
         add_completion=False,
         no_args_is_help=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-
-
-def _guard(step: Callable[[], T], recipe: Recipe | None) -> T:
-    """Do ``step``; a fault becomes one message on stderr and the exit code that belongs to it."""
-    try:
-        return step()
-    except KeyboardInterrupt:
-        _say("stopped", "interrupted; the same command resumes from the last checkpoint")
-        raise typer.Exit(STOPPED) from None
-    except RaydmdError as error:
-        _say("stopped" if isinstance(error, RunStopped) else "error", _message(error))
-        raise typer.Exit(error.exit_code) from None
-    except Exception as error:
-        log = _keep_traceback(recipe)
-        where = f"traceback in {log}" if log else "RAYDMD_DEBUG=1 shows the traceback"
-        _say("error", f"{type(error).__name__}: {_message(error)} ({where})")
-        raise typer.Exit(FAILED) from None
-
-
-def _say(kind: str, message: str) -> None:
-    if os.environ.get("RAYDMD_DEBUG") == "1":
-        traceback.print_exc()
-    typer.echo(f"{kind}: {message}", err=True)
-
-
-def _message(error: Exception) -> str:
-    """What an error says; of one that crossed Ray, without the traceback Ray puts around it."""
-    text = str(error).strip()
-    if isinstance(error, RaydmdError) and not text.startswith("ray::"):
-        return text
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    if len(lines) == 1:
-        return lines[0]
-    remote = text.startswith("ray::") or "Traceback (most recent call last)" in text
-    return lines[-1] if remote else lines[0]
-
-
-def _keep_traceback(recipe: Recipe | None) -> Path | None:
-    if recipe is None:
-        return None
-    path = recipe.folder / "error.log"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as log:
-            log.write(traceback.format_exc() + "\n")
-    except OSError:
-        return None
-    return path
 
 
 def _nearest_flag(word: str) -> str:

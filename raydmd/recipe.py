@@ -192,6 +192,11 @@ def _rewards_are_asked(method: Method, placement: Placement) -> None:
             raise ValueError(f"placement.{key} does nothing without method.adapt, which asks the rewards")
 
 
+def _wire_is_used(method: Method, p: Placement) -> None:
+    if p.wire != "plasma" and p.teacher != "remote" and not p.samplers and not (method.adapt and p.reward == "remote"):
+        raise ValueError(f"placement.wire={p.wire} does nothing with teacher={p.teacher}, where nothing goes to a pool")
+
+
 def _samplers_are_asked(placement: Placement, training: Training, *, deterministic: bool) -> None:
     if not placement.samplers:
         return
@@ -255,6 +260,7 @@ class Recipe(Section):
         _monitor_can_act(self.monitor, self.training, phases)
         _tied_are_adapters(self.placement, self.training)
         _rewards_are_asked(self.method, self.placement)
+        _wire_is_used(self.method, self.placement)
         _sizes_can_differ(self.data, self.method)
         _samplers_are_asked(self.placement, self.training, deterministic=self.deterministic)
         return self

@@ -36,6 +36,8 @@ class Evaluation(Section):
     teacher_steps: Count = 40
     guidance: NonNegative | None = None
     """Of the teacher's clips that a student is compared with; default: ``method.guidance``."""
+    shift: Positive | None = None
+    """Of the teacher's steps; default: ``method.shift``."""
     per_prompt: Count = 1
     """Samples of each prompt, where no judge brings prompts of its own; diversity needs two."""
     networks: tuple[Network, ...] = ()
@@ -43,6 +45,8 @@ class Evaluation(Section):
     lpips: Lpips | None = None
     rewards: tuple[Reward, ...] = ()
     """Held out from training, each with a column of its own; kind ``clip`` is the CLIP score."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Cycles between evaluations of the student while it trains, each as it is then; 0: at the end alone."""
     grid: Count = 8
     """Rows of the contact sheet."""
     batch: Count = 64

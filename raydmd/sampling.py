@@ -26,22 +26,22 @@ def sample(
     guidance: Guidance,
     fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """Walk from noise to a clean latent.
+    """Walk from noise to a clean latent, or a part of that way.
 
     Args:
         experts: the network.
-        noise: ``(B, *latent)``.
+        noise: ``(B, *latent)``; a latent at the first time, if that is below 1.
         cond: B conditions.
         uncond: the negative prompt's condition, B times.
-        grid: times from 1 down to and with 0.
+        grid: times, falling; from 1 to 0 for a whole sample.
         guidance: scale 1 runs the conditional half alone.
         fresh: noise to put on the predicted x0 before step ``i``, ``(B, *latent)``; ``None`` walks
             deterministically.
 
     Returns:
-        Clean latents, shape of ``noise``.
+        Latents at the last time, shape of ``noise``.
     """
-    x = experts.process.start(noise)
+    x = experts.process.start(noise) if grid[0] == 1 else noise
     for i, (now, after) in enumerate(itertools.pairwise(grid), start=1):
         t, s = (torch.full((len(x),), v, device=x.device) for v in (now, after))
         x0 = experts.guided_x0(x, t, cond, uncond, guidance, as_stock=True)

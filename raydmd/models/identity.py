@@ -54,6 +54,15 @@ def fingerprint(settings: Model, parts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def changes_of(settings: Model, parts: Sequence[str]) -> dict[str, int]:
+    """When the weight files of a pipeline's parts were last written, in nanoseconds, by file."""
+    root = Path(settings.path)
+    if not root.is_dir():
+        root = _snapshot(settings, parts)
+    files = (f for part in parts for f in (root / part).rglob("*") if f.is_file() and f.suffix in SUFFIXES)
+    return {f.relative_to(root).as_posix(): f.stat().st_mtime_ns for f in sorted(files)}
+
+
 def digest(file: Path) -> str:
     """What a file is known by; see :func:`fingerprint`.
 

@@ -40,6 +40,12 @@ class Place:
     reward: Path | None = None
 
 
+def in_zoo(model: str) -> bool:
+    """Whether ``model`` names a pipeline that ships with the package, or one that it makes on first use."""
+    plain = model not in ("", ".", "..") and "/" not in model
+    return plain and ((ZOO / model).is_dir() or model.endswith(UNTRAINED))
+
+
 def locate(settings: Model) -> Place:
     """Find a model; a zoo name becomes a folder, anything else stays what it is."""
     named = ZOO / settings.path

@@ -21,6 +21,10 @@ class ReplicaFailed(PoolError):
     """A forward raised for this one request (out of memory, a broken device); retried elsewhere."""
 
 
+class TransferFailed(PoolError):
+    """A tensor did not come, or could not be lent; nothing is wrong with the request, which is sent again."""
+
+
 class Pending(ABC):
     """A request under way."""
 

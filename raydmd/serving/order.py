@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from raydmd.serving.replica import ReplicaStats
 
 NAMESPACE = "raydmd"
+ANYWHERE = "DEFAULT"
+"""Ray's scheduling strategy of what must not run within its starter's placement group: that of a sweep's trial is
+small, and ends with it."""
 NAME = f"keeper-{__version__}"
 """Releases do not share keepers: one would run the other's code."""
 

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raydmd.errors import PoolError
 from raydmd.serving.keeper import TTL, Keeper
-from raydmd.serving.order import NAME, NAMESPACE, ClientSpec, find_keeper, plain
+from raydmd.serving.order import ANYWHERE, NAME, NAMESPACE, ClientSpec, find_keeper, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -260,6 +260,7 @@ def start_keeper() -> Any:
         get_if_exists=True,
         num_cpus=0,
         max_concurrency=_CALLS,
+        scheduling_strategy=ANYWHERE,
     )
     return options.remote()
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raydmd.errors import PoolExhausted, RaydmdError, ScoreTimeout
 from raydmd.methods.terms import Answer
-from raydmd.serving.client import Client, Pending, ReplicaBusy, ReplicaFailed
+from raydmd.serving.client import Client, Pending, ReplicaBusy, ReplicaFailed, TransferFailed
 from raydmd.serving.codec import INLINE, ArrayWire, RequestWire, decode_reply, encode_request
 from raydmd.serving.direct import fetch, lend
 from raydmd.serving.membership import FETCH_TIMEOUT, Membership
@@ -167,7 +167,7 @@ class PoolClient(Client):
             self._met = True
         now = self._clock()
         parts = split(request, self._spec.routing)
-        legs = [_Leg(_kept(encode_request(p, self._id, self._spec.table, self._lend)), e) for p, e in parts]
+        legs = [_Leg(_kept(self._encoded(part)), experts) for part, experts in parts]
         pending = PoolPending(self, request, legs, now)
         self._open.add(pending)
         self._members.follow(now)
@@ -204,6 +204,12 @@ class PoolClient(Client):
         self._open.discard(pending)
         return outcome, self._clock() - start
 
+    def _encoded(self, request: Request) -> RequestWire:
+        try:
+            return encode_request(request, self._id, self._spec.table, self._lend)
+        except TransferFailed:  # the object store will do
+            return encode_request(request, self._id, self._spec.table)
+
     def _collect(self, pending: PoolPending) -> Reply | RaydmdError | None:
         """Take in finished attempts: the answer, a final error, or nothing yet."""
         if not pending.attempts:
@@ -226,9 +232,11 @@ class PoolClient(Client):
                 elif isinstance(cause, RayActorError):  # of a leg before, whose replica died
                     replica.health.process_lost(now, plain(cause))
                     self._fail(pending, plain(cause), now)
-                elif isinstance(cause, RaydmdError) and not isinstance(cause, ReplicaFailed):
+                elif isinstance(cause, RaydmdError) and not isinstance(cause, ReplicaFailed | TransferFailed):
                     replica.health.request_succeeded()
                     return cause
+                elif isinstance(cause, TransferFailed):
+                    self._fail(pending, str(cause), now)
                 else:
                     why = str(cause) if isinstance(cause, ReplicaFailed) else plain(error)
                     replica.health.request_failed(now, why)
@@ -240,7 +248,7 @@ class PoolClient(Client):
                 why = f"replica {name!r}: {plain(error)}"
                 replica.health.process_lost(now, why)
                 self._fail(pending, why, now)
-            except (RayError, ReplicaFailed) as error:
+            except (RayError, TransferFailed) as error:
                 why = f"replica {name!r}: {plain(error)}"
                 replica.health.request_failed(now, why)
                 self._fail(pending, why, now)

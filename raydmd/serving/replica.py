@@ -20,7 +20,7 @@ import torch
 
 from raydmd.errors import InputError, RaydmdError
 from raydmd.serving.batcher import Batcher, Entry, Refused
-from raydmd.serving.client import ReplicaBusy, ReplicaFailed
+from raydmd.serving.client import ReplicaBusy, ReplicaFailed, TransferFailed
 from raydmd.serving.codec import ReplyWire, RequestWire, decode_request, encode_reply
 from raydmd.serving.engine import answer_each
 from raydmd.serving.forward import ForwardThread
@@ -30,10 +30,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from raydmd.methods.terms import Answer
+    from raydmd.serving.codec import Fetch
     from raydmd.serving.direct import Wire
     from raydmd.serving.engine import Build
     from raydmd.serving.messages import Request
     from raydmd.serving.metrics import Metrics
+
+
+SILENT = 30.0
+"""Seconds for which a client that did not hand over a tensor is refused at once: all others wait for each try."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,7 @@ class Replica:
         self._experts = settings.experts
         self._forward.run(self._engine.warm_up).result()
         self._transfers = ThreadPoolExecutor(1, "transfers") if settings.wire == "nixl" else None
+        self._silent: dict[str, float] = {}
         self._histogram: Counter[int] = Counter()
         self._clients: Counter[str] = Counter()
         self._metrics = metrics
@@ -191,10 +197,24 @@ class Replica:
         """As :meth:`score`, of tensors that are fetched, and lent, by a thread of their own."""
         from raydmd.serving import direct  # brings Ray in, which this module does without
 
-        run = asyncio.get_running_loop().run_in_executor
-        request = await run(self._transfers, decode_request, payload, direct.fetch)
-        reply = await self._queued(request, payload["client"])
-        return await run(self._transfers, encode_reply, reply, direct.lend)
+        run, client = asyncio.get_running_loop().run_in_executor, payload["client"]
+        request = await run(self._transfers, self._fetched, payload, direct.fetch)
+        reply = await self._queued(request, client)
+        try:
+            return await run(self._transfers, encode_reply, reply, direct.lend)
+        except TransferFailed:  # the object store will do
+            return encode_reply(reply)
+
+    def _fetched(self, payload: RequestWire, fetch: Fetch) -> Request:
+        """A request whose tensors were lent. One who does not hand them over is not waited for again for a while."""
+        client = payload["client"]
+        if self._clock() < self._silent.get(client, 0.0):
+            raise TransferFailed(f"client {client!r} did not hand over its tensors just now")
+        try:
+            return decode_request(payload, fetch)
+        except TransferFailed:
+            self._silent[client] = self._clock() + SILENT
+            raise
 
     async def walk_on(self, payload: RequestWire, before: ReplyWire) -> ReplyWire:
         """Answer a walk that begins where another one ended, elsewhere; see :meth:`score`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -19,8 +20,6 @@ from mlflow.tracking import MlflowClient
 from raydmd.errors import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from raydmd.recipe import Recipe
 
 STEP = "cycle"
@@ -59,19 +58,7 @@ class Tracker:
                 run_id = file.read_text().strip()
                 client.set_terminated(run_id, status="RUNNING")
                 return cls(client, run_id)
-            experiment = client.get_experiment_by_name(recipe.tracking.experiment)
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(
-                    recipe.tracking.experiment,
-                    # An embedded database has no server to take files: they lie beside it.
-                    artifact_location=None
-                    if recipe.tracking.uri
-                    else (recipe.output.expanduser().absolute() / "mlartifacts").as_uri(),
-                )
-            )
-            run = client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags))
+            run = client.create_run(experiment_of(client, recipe), run_name=recipe.name, tags=dict(tags))
         except (MlflowException, OSError) as error:
             raise InputError(f"tracking.uri {uri}: {error}") from error
         run_id = run.info.run_id
@@ -97,10 +84,17 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=metrics)
             self._logged = place
 
-    def results(self, figures: Mapping[str, float], artifacts: Sequence[Path]) -> None:
-        """Write the evaluation's figures and the files that belong to the run."""
+    def figures(self, figures: Mapping[str, float], *, step: int) -> None:
+        """Write the figures of an evaluation after so many cycles, unless they are there."""
+        first = next(iter(figures))
+        if any(m.step == step for m in self._client.get_metric_history(self.run_id, _key(first))):
+            return
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(_key(k), v, now, 0) for k, v in figures.items()])
+        self._client.log_batch(self.run_id, metrics=[Metric(_key(k), v, now, step) for k, v in figures.items()])
+
+    def results(self, figures: Mapping[str, float], artifacts: Sequence[Path], *, step: int) -> None:
+        """Write the last evaluation's figures and the files that belong to the run."""
+        self.figures(figures, step=step)
         for path in artifacts:
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), path.name)
@@ -114,6 +108,24 @@ class Tracker:
     def end(self, status: str) -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._client.set_terminated(self.run_id, status=status)
+
+
+def experiment_of(client: MlflowClient, recipe: Recipe) -> str:
+    """The id of a recipe's experiment, made if it is not there."""
+    name, uri = recipe.tracking.experiment, recipe.tracking.uri
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    # An embedded database has no server to take files: they lie beside it.
+    beside = None if uri and not uri.startswith("sqlite:") else recipe.output.expanduser().absolute()
+    if beside and uri:
+        beside = Path(uri.removeprefix("sqlite:///")).parent.absolute()
+    try:
+        made = client.create_experiment(name, artifact_location=(beside / "mlartifacts").as_uri() if beside else None)
+    except MlflowException:  # another run has just made it
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(found.experiment_id)
+    return str(made)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

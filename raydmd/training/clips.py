@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import time
 import uuid
 from collections import deque
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +31,8 @@ from raydmd.evaluation.samples import Samples
 from raydmd.guidance import Guidance
 from raydmd.models import load_teacher
 from raydmd.models.base import Conditions
+from raydmd.models.identity import changes_of
+from raydmd.models.places import locate
 from raydmd.models.placing import place, take_back
 from raydmd.process import step_grid
 from raydmd.sampling import sample
@@ -47,8 +51,10 @@ if TYPE_CHECKING:
     from raydmd.serving.client import Pending
     from raydmd.serving.order import ClientSpec
 
+ALL = ("teacher", "reference", "undistilled", "undistilled_guided")
+"""Samplers of the teacher."""
 AHEAD = 3
-"""Requests under way at a pool, so that no replica waits for the next."""
+"""Walks under way for each replica, so that none waits for the next step."""
 
 
 @dataclass(frozen=True)
@@ -132,28 +138,29 @@ def ask(recipe: Recipe, family: Family, texts: list[str], device: torch.device) 
     return Asked(recipe, family, texts, file, Conditions.read(file), rows, device)
 
 
-def teacher_samples(asked: Asked, pool: ClientSpec | None, *, reference: bool) -> Iterator[Samples]:
+def teacher_samples(asked: Asked, pool: ClientSpec | None, names: Sequence[str] = ALL) -> Iterator[Samples]:
     """The clips of the teacher: in full, and undistilled in as many evaluations as the student has.
 
-    A pool begins at once and walks beside what else happens here; a teacher of this process when it is its turn.
+    A pool walks beside what else happens here, from the first that is asked for; a teacher of this process when it is
+    its turn.
 
     Args:
         asked: the evaluation.
         pool: walks; default: the teacher is loaded here.
-        reference: also in full from other noise. Distances are taken to these: clips from the same noise are paired
-            and seem nearer.
+        names: of :data:`ALL`. The ``reference`` is in full from other noise. Distances are taken to it: clips from
+            the same noise are paired and seem nearer.
     """
     recipe, e, m = asked.recipe, asked.recipe.evaluation, asked.recipe.method
-    full = step_grid(e.teacher_steps, m.shift)
+    full = step_grid(e.teacher_steps, e.shift or m.shift)
     guided = Guidance(m.guidance if e.guidance is None else e.guidance)
     few, half = step_grid(m.steps, m.shift), step_grid(max(m.steps // 2, 1), m.shift)
-    samplers = [
+    every = [
         Sampler("teacher", f"teacher, {e.teacher_steps} guided steps", full, guided),
+        Sampler("reference", "teacher, other seeds", full, guided, salt=1),
         Sampler("undistilled", f"undistilled, {m.steps} steps, unguided", few, Guidance()),
         Sampler("undistilled_guided", f"undistilled, {len(half) - 1} guided steps", half, guided),
     ]
-    if reference:
-        samplers.insert(1, Sampler("reference", "teacher, other seeds", full, guided, salt=1))
+    samplers = [s for s in every if s.name in names]
 
     @functools.cache
     def teacher() -> Experts:
@@ -162,20 +169,30 @@ def teacher_samples(asked: Asked, pool: ClientSpec | None, *, reference: bool) -
     def draw(sampler: Sampler) -> Latents:
         return draw_at_pool(asked, sampler, pool) if pool else draw_here(asked, sampler, teacher())
 
-    where = {"batch": e.batch, "cuda": asked.device.type == "cuda", "threads": torch.get_num_threads()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    where = {
+        "device": device,
+        "batch": e.batch,
+        "cuda": asked.device.type == "cuda",
+        "threads": torch.get_num_threads(),
+    }
     if pool:
-        where = {
+        where |= {
             "batch": request_size(recipe),
             "cuda": recipe.placement.teacher_gpus > 0,
             "threads": recipe.placement.threads,
         }
-    if pool:
-        thread = ThreadPoolExecutor(1)
-        found = [thread.submit(kept, asked, s, where, functools.partial(draw, s)).result for s in samplers]
-        thread.shutdown(wait=False)
-    else:
-        found = [functools.partial(kept, asked, s, where, functools.partial(draw, s)) for s in samplers]
-    return (decoded(asked, s, latents()) for s, latents in zip(samplers, found, strict=True))
+    thread = ThreadPoolExecutor(1)
+    try:
+        found = [
+            (sampler, thread.submit(kept, asked, sampler, where, functools.partial(draw, sampler)) if pool else None)
+            for sampler in samplers
+        ]
+        for sampler, coming in found:
+            latents = coming.result() if coming else kept(asked, sampler, where, functools.partial(draw, sampler))
+            yield decoded(asked, sampler, latents)
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def draw_here(asked: Asked, sampler: Sampler, experts: Experts) -> Latents:
@@ -209,37 +226,59 @@ def draw_here(asked: Asked, sampler: Sampler, experts: Experts) -> Latents:
 
 
 def draw_at_pool(asked: Asked, sampler: Sampler, pool: ClientSpec) -> Latents:
-    """Have the teacher's pool walk.
+    """Have the teacher's pool walk, a step in each request.
+
+    So others' requests wait for one forward at most, and what dies or hangs is noticed as soon as in training.
 
     Raises:
         PoolError: or NonFiniteError, from the pool.
     """
-    e, steps = asked.recipe.evaluation, len(sampler.grid) - 1
-    # A walk is as long as so many requests of a step, and waits for those before it.
-    patience = min(AHEAD * steps * pool.attempt_timeout, e.timeout)
-    spec = dataclasses.replace(pool, table=str(asked.file), attempt_timeout=patience, request_timeout=e.timeout)
-    client = PoolClient(spec, f"{pool.holder}/evaluation")
+    client = PoolClient(dataclasses.replace(pool, table=str(asked.file)), f"{pool.holder}/evaluation")
     client.expect(tuple(dict.fromkeys(asked.family.routing().expert(t) for t in sampler.grid[:-1])))
-    latent = asked.family.shape().latent
-    requests = (
-        WalkRequest(
-            x_t=draws.normal("noise", latent),
-            grid=tuple(sampler.grid),
-            conditions=tuple(part),
+    latent, steps = asked.family.shape().latent, list(itertools.pairwise(sampler.grid))
+
+    def ask_for(walk: _Walk) -> Pending:
+        request = WalkRequest(
+            x_t=walk.x,
+            grid=steps[walk.step],
+            conditions=walk.rows,
             guidance=sampler.guidance,
-            name=f"{sampler.name}, clips {draws.positions[0]}..{draws.positions[-1]}",
+            name=f"{sampler.name}, clips {walk.number * size}.., step {walk.step + 1}",
         )
-        for part, draws in asked.parts(sampler, request_size(asked.recipe))
+        return client.submit(request)
+
+    size = request_size(asked.recipe)
+    waiting = (
+        _Walk(number, tuple(part), draws.normal("noise", latent))
+        for number, (part, draws) in enumerate(asked.parts(sampler, size))
     )
-    ahead = AHEAD * asked.recipe.placement.teachers
-    pending: deque[Pending] = deque(client.submit(r) for r in itertools.islice(requests, ahead))
-    found, seconds = list[Tensor](), 0.0
-    while pending:
-        reply = pending.popleft().result()
-        pending.extend(client.submit(r) for r in itertools.islice(requests, 1))
-        found.append(reply.answer.value)
-        seconds += reply.seconds * len(found[-1]) / reply.batch_items  # of a forward shared with others, its share
-    return Latents(torch.cat(found), seconds / len(asked.rows))
+    under_way = deque(
+        (walk, ask_for(walk)) for walk in itertools.islice(waiting, AHEAD * asked.recipe.placement.teachers)
+    )
+    found, seconds = dict[int, Tensor](), 0.0
+    while under_way:
+        walk, pending = under_way.popleft()
+        reply = pending.result()
+        seconds += reply.seconds * len(walk.rows) / reply.batch_items  # of a forward shared with others, its share
+        walk.x, walk.step = reply.answer.value, walk.step + 1
+        if walk.step == len(steps):
+            found[walk.number] = walk.x
+            following = next(waiting, None)
+            if following is None:
+                continue
+            walk = following
+        under_way.append((walk, ask_for(walk)))
+    return Latents(torch.cat([found[number] for number in sorted(found)]), seconds / len(asked.rows))
+
+
+@dataclass
+class _Walk:
+    """Clips on their way."""
+
+    number: int
+    rows: tuple[int, ...]
+    x: Tensor
+    step: int = 0
 
 
 def request_size(recipe: Recipe) -> int:
@@ -307,4 +346,8 @@ def _facts(asked: Asked, sampler: Sampler) -> dict[str, Any]:
         "latent": asked.family.shape().latent,
         "grid": list(sampler.grid),
         "guidance": sampler.guidance.scale,
+        "deterministic": asked.recipe.deterministic,
+        # The digests are of samples of large files; a file that was written to since says so by its time.
+        "written": changes_of(locate(asked.recipe.model).settings, asked.family.routing().experts),
+        "versions": (torch.__version__, diffusers.__version__),
     }

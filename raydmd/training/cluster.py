@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 EPSILON = 1e-9
+MOST_WORKERS = 4096
 
 
 def connect() -> None:
@@ -30,11 +31,7 @@ def connect() -> None:
         InputError: if the named cluster cannot be joined.
         RunFailed: if one of our own does not start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray lowers its workers' priority; here they are the work, and would starve beside anything else.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # A committed checkpoint is one the controller has seen: look often, so that little is redone.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    settle()
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
@@ -50,6 +47,15 @@ def connect() -> None:
             f"Ray did not start: {error} Is this machine overloaded, or out of memory or disk? Nothing was lost; the "
             "same command tries again"
         ) from error
+
+
+def settle() -> None:
+    """Settings of Ray that this process, and what it starts, go by unless told otherwise."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray lowers its workers' priority; here they are the work, and would starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # A committed checkpoint is one the controller has seen: look often, so that little is redone.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
 def lasting(output: Path) -> Path:
@@ -70,18 +76,7 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
         InputError: with the table of what is asked and what is there; also where the sum would do and no node
             is large enough for one of the processes.
     """
-    p = recipe.placement
-    bundles = {"worker": _bundle(p.worker_cpus, p.worker_gpus, p.worker_resources)}
-    copies = {"worker": p.workers}
-    if p.teacher == "remote":
-        bundles["teacher"] = _bundle(p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
-        copies["teacher"] = p.teachers
-    if recipe.method.adapt and p.reward == "remote":
-        bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, {})
-        copies["reward"] = p.rewards
-    if p.samplers:
-        bundles["sampler"] = _bundle(p.sampler_cpus, p.sampler_gpus, {})
-        copies["sampler"] = p.samplers
+    bundles, copies = _processes(recipe)
     if (homeless := _pack(bundles, copies, nodes)) is None:
         return
     rows = {f"{n} x {kind}": {k: n * v for k, v in bundles[kind].items()} for kind, n in copies.items()}
@@ -95,13 +90,45 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
     lines += [f"{title:<{width}}" + "".join(f"{row.get(n, 0.0):>12g}" for n in names) for title, row in rows.items()]
     short = [n for n in names if rows["asked in all"][n] > rows["there is"][n] + EPSILON]
     kinds = [kind for kind in ("GPU", "CPU") if kind in short] or ["CPU"]
-    keys = [f"placement.{role}_{kind.lower()}s" for kind in kinds for role in bundles]
+    keys = [f"placement.{role}_{kind.lower()}s" for kind in kinds for role in bundles if role != "evaluation"]
     smaller = f"smaller {', '.join(keys)}" + (" (with 0 of GPUs it runs on CPUs)" if "GPU" in kinds else "")
     what = f"too little {', '.join(short)}" if short else f"no node with room for another {homeless}"
     raise InputError(
         f"the cluster has {what} for this run:\n" + "\n".join(lines) + "\n"
         f"use fewer --workers or --teachers, {smaller}, or more nodes"
     )
+
+
+def _processes(recipe: Recipe) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """What a run's processes ask, and how many there are of each kind."""
+    p = recipe.placement
+    bundles = {"worker": _bundle(p.worker_cpus, p.worker_gpus, p.worker_resources)}
+    copies = {"worker": p.workers}
+    if p.teacher == "remote":
+        bundles["teacher"] = _bundle(p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
+        copies["teacher"] = p.teachers
+    if recipe.method.adapt and p.reward == "remote":
+        bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, {})
+        copies["reward"] = p.rewards
+    if p.samplers:
+        bundles["sampler"] = _bundle(p.sampler_cpus, p.sampler_gpus, {})
+        copies["sampler"] = p.samplers
+    if recipe.evaluation.every:
+        bundles["evaluation"] = _bundle(min(p.teacher_cpus, p.worker_cpus), p.worker_gpus, {})
+        copies["evaluation"] = 1
+    return bundles, copies
+
+
+def parallel_runs(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many such runs fit side by side, with one pool of the teacher for all of them."""
+    p, count = recipe.placement, 0
+    bundles, copies = _processes(recipe)
+    shared = {"teacher", "reward"}
+    while _pack(bundles, {k: n if k in shared else n * (count + 1) for k, n in copies.items()}, nodes) is None:
+        count += 1
+        if count * p.workers >= MOST_WORKERS:
+            break
+    return count
 
 
 def living_nodes() -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ from raydmd.data.prompts import read_prompts
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.models import load_family
 from raydmd.models.places import locate
+from raydmd.serving.order import ANYWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, 
                 family.encode_part(part, folder)
             return
         task = ray.remote(encode_part).options(
-            num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=gpus, max_retries=2
+            num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=gpus, max_retries=2, scheduling_strategy=ANYWHERE
         )
         waiting, under_way = list(parts), list[ray.ObjectRef[None]]()
         done, last = 0, time.monotonic()

@@ -34,17 +34,29 @@ PIPELINE, CARD = "pipeline", "README.md"
 """In a run's folder, and in an exported pipeline's: the model card."""
 
 
-def load_student(recipe: Recipe, family: Family, folder: Path) -> dict[str, Denoiser]:
-    """The student's experts from a final checkpoint, with their adapters if they have any; fp32, on the CPU."""
+def load_student(recipe: Recipe, family: Family, folder: Path, *, unfinished: bool = False) -> dict[str, Denoiser]:
+    """The student's experts from a final checkpoint, with their adapters if they have any; fp32, on the CPU.
+
+    Args:
+        recipe: the run.
+        family: its pipeline.
+        folder: of the checkpoint.
+        unfinished: experts that no phase has come to yet are as they start.
+
+    Raises:
+        RunFailed: if it holds other weights.
+    """
     lora = recipe.training.student.lora
+    files = {file.stem: file for file in sorted((folder / STUDENT).glob("*.safetensors"))}
+    later = student_routing(recipe.method, family.routing()).experts if unfinished and recipe.method.boundaries else ()
     found = {}
-    for file in sorted((folder / STUDENT).glob("*.safetensors")):
-        expert = file.stem
+    for expert in dict.fromkeys((*files, *later)):
         source = source_expert(recipe.method, family.routing(), expert)
         denoiser = family.denoiser(source, dtype=torch.float32)
         if lora is not None:
             add_adapter(denoiser, lora, seed=recipe.seed)
-        fill(denoiser, file)
+        if expert in files:
+            fill(denoiser, files[expert])
         found[expert] = denoiser.eval().requires_grad_(False)
     return found
 

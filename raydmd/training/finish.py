@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from raydmd.evaluation.evaluate import Evaluation, evaluate
-from raydmd.evaluation.instruments import load_instruments
+from raydmd.evaluation.instruments import Instruments, load_instruments
 from raydmd.evaluation.report import write_report
 from raydmd.evaluation.samples import evaluation_prompts
 from raydmd.guidance import Guidance
 from raydmd.models import load_family
 from raydmd.models.places import locate
 from raydmd.process import step_grid
-from raydmd.training.clips import Sampler, ask, decoded, draw_here, evaluation_draws, teacher_samples
+from raydmd.training.clips import ALL, Asked, Sampler, ask, decoded, draw_here, evaluation_draws, teacher_samples
 from raydmd.training.events import read_lines
 from raydmd.training.export import PIPELINE, add_results, export, load_student, lower, readable, solver, student_experts
 from raydmd.training.plan import CyclePlan
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
     from raydmd.serving.order import ClientSpec
 
+EVALUATION = "evaluation/"
+"""Before the names of a student's figures."""
 CONTACT = "contact.safetensors"
 """Noise and frames of the contact sheet's student rows, so that anyone can make them again."""
 
@@ -56,8 +58,7 @@ def finish_run(
     Returns:
         Figures for tracking, files for tracking, and the table for the terminal.
     """
-    # Beside a pool it takes its own share, as the pool does; else all that is there.
-    torch.set_num_threads(recipe.placement.threads if pool else max(torch.get_num_threads(), os.cpu_count() or 1))
+    torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
     folder, family = recipe.folder, load_family(recipe.model)
     student = load_student(recipe, family, Path(checkpoint))
     written = export(recipe, family, student, folder)
@@ -74,10 +75,8 @@ def finish_run(
         facts=facts,
         phases=CyclePlan.of(recipe.training, len(recipe.method.boundaries) + 1).ends[:-1],
     )
-    student_row = next(r for r in evaluation.to_json()["rows"] if r["name"] == "student")
-    figures = {f"evaluation/{k}": float(v) for k, v in student_row.items() if isinstance(v, int | float)}
     files = [*written, report, folder / "result.json", folder / "contact.png"]
-    return figures, [str(f) for f in files], evaluation.text()
+    return figures_of(evaluation), [str(f) for f in files], evaluation.text()
 
 
 def measure(
@@ -95,6 +94,53 @@ def measure(
     Returns:
         The figures, and the samples that the contact sheet shows.
     """
+    asked, judge = what_is_asked(recipe, family, prompts)
+    compared = judge is not None or bool(recipe.evaluation.networks)
+    own = student_samples(asked, student, threads=recipe.placement.threads if pool else None)
+    teachers = teacher_samples(asked, pool, ALL if compared else [n for n in ALL if n != "reference"])
+    made = {s.name: s for s in (own, *teachers)}
+    others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
+    tools = instruments(asked)
+    if compared:
+        evaluation = evaluate(made["reference"], made["teacher"], others, judge, tools)
+    else:
+        evaluation = evaluate(made["teacher"], None, others, None, tools)
+    best = evaluation.best_undistilled()
+    grid_rows = contact_rows(asked.texts, recipe.evaluation.grid)
+    save_contact(recipe, family, made["student"], grid_rows)
+    return evaluation, [made[n].take(grid_rows) for n in ("teacher", best, "student")]
+
+
+def interim_figures(recipe: Recipe, folder: str, prompts: list[str], pool: ClientSpec | None) -> dict[str, float]:
+    """What a student that still trains measures, against the teacher alone.
+
+    Args:
+        recipe: the run.
+        folder: with its weights, see :func:`raydmd.training.students.write_student`.
+        prompts: the training prompts, used where there is no judge.
+        pool: of the teacher, as far as the evaluation asks it.
+
+    Returns:
+        Figures, named as in a run's last evaluation.
+    """
+    torch.set_num_threads(recipe.placement.threads)
+    family = load_family(recipe.model)
+    student = student_experts(recipe, family, load_student(recipe, family, Path(folder), unfinished=True))
+    asked, judge = what_is_asked(recipe, family, prompts)
+    compared = judge is not None or bool(recipe.evaluation.networks)
+    [teacher] = teacher_samples(asked, pool, ["reference" if compared else "teacher"])
+    found = evaluate(teacher, None, [student_samples(asked, student)], judge, instruments(asked))
+    return figures_of(found)
+
+
+def figures_of(evaluation: Evaluation) -> dict[str, float]:
+    """The student's figures, by the names that they are tracked under."""
+    row = evaluation.row("student")
+    return {f"{EVALUATION}{k}": float(v) for k, v in row.items() if isinstance(v, int | float)}
+
+
+def what_is_asked(recipe: Recipe, family: Family, prompts: Sequence[str]) -> tuple[Asked, AttributeJudge | None]:
+    """The evaluation's prompts, on the device of this process, and the judge that a zoo model brings."""
     e, place = recipe.evaluation, locate(recipe.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge = AttributeJudge.load(place.judge) if place.judge else None
@@ -102,29 +148,27 @@ def measure(
         texts = evaluation_prompts(e.samples, seed=e.seed, language=judge.language)
     else:
         texts = [prompts[i // e.per_prompt % len(prompts)] for i in range(e.samples)]
-    asked = ask(recipe, family, texts, device)
-    compared = judge is not None or bool(e.networks)
-    teachers = teacher_samples(asked, pool, reference=compared)
-    m = recipe.method
-    own = Sampler(
-        "student",
-        f"student, {m.steps} steps",
-        step_grid(m.steps, m.shift),
-        Guidance(),
-        renoise=solver(recipe) == "renoise",
-    )
-    lower(recipe, student.modules, device)
-    made = {s.name: s for s in (decoded(asked, own, draw_here(asked, own, student)), *teachers)}
-    others = [made[n] for n in ("undistilled", "undistilled_guided", "student")]
-    tools = load_instruments(e, judge=place.reward, device=device)
-    if compared:
-        evaluation = evaluate(made["reference"], made["teacher"], others, judge, tools)
-    else:
-        evaluation = evaluate(made["teacher"], None, others, None, tools)
-    best = evaluation.best_undistilled()
-    grid_rows = contact_rows(texts, e.grid)
-    save_contact(recipe, family, made["student"], grid_rows)
-    return evaluation, [made[n].take(grid_rows) for n in ("teacher", best, "student")]
+    return ask(recipe, family, texts, device), judge
+
+
+def student_samples(asked: Asked, student: Experts, *, threads: int | None = None) -> Samples:
+    """The student's clips, timed on so many CPU threads; a pool's replica has as many for the teacher's."""
+    m = asked.recipe.method
+    grid, renoise = step_grid(m.steps, m.shift), solver(asked.recipe) == "renoise"
+    sampler = Sampler("student", f"student, {m.steps} steps", grid, Guidance(), renoise=renoise)
+    lower(asked.recipe, student.modules, asked.device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        found = draw_here(asked, sampler, student)
+    finally:
+        torch.set_num_threads(before)
+    return decoded(asked, sampler, found)
+
+
+def instruments(asked: Asked) -> Instruments:
+    """What measures beside a judge."""
+    return load_instruments(asked.recipe.evaluation, judge=locate(asked.recipe.model).reward, device=asked.device)
 
 
 def contact_rows(texts: Sequence[str], count: int) -> list[int]:

@@ -175,12 +175,19 @@ class TrainedRole:
         found |= {f"{self.name}.average.{n}": v for n, v in self.average.items()}
         return found | {f"{self.name}.updates": self.updates}
 
-    def write(self, folder: Path, *, rank: int) -> None:
-        """Gather what trains of every expert, and write it on rank 0: a safetensors file for each."""
+    def write(self, folder: Path, *, rank: int, average: bool = False) -> None:
+        """Gather what trains of every expert, and write it on rank 0: a safetensors file for each.
+
+        Args:
+            folder: for them.
+            rank: of this process; all call it.
+            average: the moving average, where there is one, in place of what trains.
+        """
         self.reshard()
         for expert, denoiser in self.denoisers.items():
             found = {}
-            for name, p in own_parameters(denoiser).items():
+            for name, own in own_parameters(denoiser).items():
+                p = self.average.get(f"{expert}.{name}", own) if average else own
                 whole = p.full_tensor() if isinstance(p, DTensor) else p
                 if rank == 0:
                     found[name] = whole.detach().cpu().contiguous()

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ import ray.train.torch
 import torch
 
 from raydmd import __version__
-from raydmd.data.real import Source, inspect, prepare
+from raydmd.data.real import Source, inspect
+from raydmd.data.real import prepare as prepare_real
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.evaluation.check import check_instruments
 from raydmd.methods.presets import build_method
@@ -26,6 +28,7 @@ from raydmd.models import load_family
 from raydmd.models.sizes import size_notes, training_latents
 from raydmd.models.speed import check_quantize
 from raydmd.serving.direct import check_wire
+from raydmd.serving.order import ANYWHERE
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
@@ -33,16 +36,48 @@ from raydmd.training.encoding import encode, training_prompts
 from raydmd.training.events import read_lines
 from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
+from raydmd.training.interim import Interim
 from raydmd.training.pairing import check_pairs
 from raydmd.training.pools import check_experts, reward_pool, sampler_pool, teacher_pool
 from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
-    from raydmd.serving.order import ClientSpec
     from raydmd.serving.pool import Pool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose recipe was looked at as closely as can be done without a cluster.
+
+    Attributes:
+        recipe: with an absolute output folder.
+        family: its pipeline.
+        prompts: to train with.
+        source: real samples, where the method has a GAN.
+    """
+
+    recipe: Recipe
+    family: Family
+    prompts: list[str]
+    source: Source | None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run is part of.
+
+    Attributes:
+        tags: of its MLflow run.
+        tell: is called with the figures of each evaluation while it trains, and of the last one.
+    """
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    tell: Callable[[dict[str, float]], None] = lambda _: None
 
 
 def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
@@ -60,9 +95,53 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         RunStopped: after a checkpoint; the same command resumes.
         RunFailed: what was computed is kept.
     """
+    prepared = prepare(recipe)
+    recipe, folder = prepared.recipe, prepared.recipe.folder
+    with locked(folder):
+        if finished(folder):
+            print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
+            return DONE
+        same_run(recipe, folder)
+        print(f"run '{recipe.name}' in {folder}: starting", flush=True)
+        connect()
+        stop = folder / "STOP"
+        stop.unlink(missing_ok=True)
+        try:
+            with stop_on_signals(stop):
+                conduct(prepared, stop, max_cycles=max_cycles)
+        finally:
+            ray.shutdown()
+    return DONE
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Look at a recipe, and at the files it names.
+
+    Raises:
+        InputError: if it can't be run.
+    """
     quiet()
     recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
     family = load_family(recipe.model)
+    check_method(recipe, family)
+    check_quantize(recipe.placement.teacher_quantize)
+    check_wire(recipe.placement.wire)
+    for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
+        print(f"note: {note}")
+    check_instruments(recipe.evaluation)
+    prompts = training_prompts(recipe, family)
+    source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
+    if not trained(recipe.folder):
+        check_pairs(recipe, family)
+    return Prepared(recipe, family, prompts, source)
+
+
+def check_method(recipe: Recipe, family: Family) -> None:
+    """See that a family can be taught by a recipe's method, in its placement.
+
+    Raises:
+        InputError: if it can't.
+    """
     family.check(recipe.method)
     family.check_roles(recipe.training)
     family.check_spread(recipe.placement.teacher_gpus)
@@ -71,71 +150,55 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         method = build_method(recipe.method, family.routing(), family.process, family.prediction)
     except ValueError as error:
         raise InputError(f"method: {error}") from None
-    check_quantize(recipe.placement.teacher_quantize)
-    check_wire(recipe.placement.wire)
     for phase in method.phases:
         asked = method.asks(phase, family.routing())
         check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())
-    for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
-        print(f"note: {note}")
-    check_instruments(recipe.evaluation)
-    prompts = training_prompts(recipe, family)
-    source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
-    folder = recipe.folder
-    with locked(folder):
-        if finished(folder):
-            print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
-            return DONE
-        same_run(recipe, folder)
-        paired = None if trained(folder) else check_pairs(recipe, family)
-        start = time.monotonic()
-        print(f"run '{recipe.name}' in {folder}: starting", flush=True)
-        connect()
-        stop = folder / "STOP"
-        stop.unlink(missing_ok=True)
-        try:
-            with stop_on_signals(stop):
-                conduct(recipe, family, prompts, paired, source, stop, max_cycles, start)
-        finally:
-            ray.shutdown()
-    return DONE
 
 
 def conduct(
-    recipe: Recipe,
-    family: Family,
-    prompts: list[str],
-    paired: list[str] | None,
-    source: Source | None,
-    stop: Path,
-    max_cycles: int | None,
-    start: float,
+    prepared: Prepared, stop: Path, *, max_cycles: int | None = None, surroundings: Surroundings | None = None
 ) -> None:
-    """The run from the room check to its report, on the cluster that this process is connected to."""
+    """The run from the room check to its report, on the cluster that this process is connected to.
+
+    Args:
+        prepared: the run, whose folder this process has locked.
+        stop: a file that stops it.
+        max_cycles: see :func:`run`.
+        surroundings: of a run that is part of something.
+
+    Raises:
+        RunStopped: or RunFailed, as :func:`run` does.
+    """
+    start, around = time.monotonic(), surroundings or Surroundings()
+    recipe, family, prompts = prepared.recipe, prepared.family, prepared.prompts
     folder = recipe.folder
     check_room(recipe, living_nodes())
+    paired = None if trained(folder) else check_pairs(recipe, family)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    tracker = Tracker.open(recipe, versions())
+    tracker = Tracker.open(recipe, {**versions(), **around.tags})
     try:
         cache = (recipe.data.cache or folder / "conditions").absolute()
         conditions = encode(recipe, family, prompts, cache, stop)
         pairs = encode(recipe, family, paired, cache, stop) if paired else None
-        real = prepare(source, recipe.model, family, cache, print) if source else None
+        real = prepare_real(prepared.source, recipe.model, family, cache, print) if prepared.source else None
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
         largest = max(training_latents(family, recipe.data), key=math.prod)
         with contextlib.ExitStack() as stack:
-            remote = recipe.placement.teacher == "remote"
+            # A run that is trained already asks it for the evaluation alone.
+            remote = recipe.placement.teacher == "remote" and (at_pool(recipe, family) or not trained(folder))
             pool = stack.enter_context(teacher_pool(recipe, family, conditions, largest)) if remote else None
+            asked = pool.client_spec() if pool and at_pool(recipe, family) else None
+            interim = Interim(recipe, prompts, asked, tracker, around.tell)
             # A run that was trained but not evaluated goes on from there.
             checkpoint = trained(folder) or train(
-                recipe, family, pool, conditions, prompts, tracker, max_cycles, real, pairs
+                recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, real, pairs
             )
-            if pool and not at_pool(recipe, family):
+            if pool and not asked:
                 pool.close()  # its place is needed
-            asked = pool.client_spec() if pool and at_pool(recipe, family) else None
-            figures, artifacts = finish(recipe, checkpoint, prompts, stop, asked, started=start)
-        publish(tracker, figures, artifacts)
+            figures, artifacts = finish(recipe, checkpoint, prompts, stop, pool if asked else None, started=start)
+        publish(tracker, figures, artifacts, recipe.training.cycles)
+        around.tell({"cycle": float(recipe.training.cycles), **figures})
     except RunStopped:
         tracker.end("KILLED")
         raise
@@ -144,10 +207,10 @@ def conduct(
         raise
 
 
-def publish(tracker: Tracker, figures: dict[str, float], artifacts: list[Path]) -> None:
+def publish(tracker: Tracker, figures: dict[str, float], artifacts: list[Path], cycles: int) -> None:
     """Hand the results to MLflow; a server that is away does not undo a finished run."""
     try:
-        tracker.results(figures, artifacts)
+        tracker.results(figures, artifacts, step=cycles)
         tracker.end("FINISHED")
     except Exception as error:  # whatever the client raises, the results are on disk
         print(f"tracking: the results did not reach MLflow ({type(error).__name__}: {error}); they are in result.json")
@@ -168,6 +231,7 @@ def train(
     recipe: Recipe,
     family: Family,
     pool: Pool | None,
+    interim: Interim,
     conditions: Path,
     prompts: list[str],
     tracker: Tracker,
@@ -221,13 +285,14 @@ def train(
         seen = sum(1 for _ in read_lines(events))
         follower = stack.enter_context(Follower(folder, recipe, tracker))
         try:
-            result = fit(trainer, [p for p in (pool, judges, samplers) if p])
+            result = fit(trainer, [p for p in (pool, judges, samplers) if p], interim.look)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
                 f"Its last checkpoint is kept; the same command resumes. Log: {events}"
             ) from error
         follower.close()
+        interim.finish()
         news = list(read_lines(events))[seen:]
     return outcome(recipe, news, result)
 
@@ -250,7 +315,7 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result
 
 
 def finish(
-    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, pool: ClientSpec | None, *, started: float
+    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, pool: Pool | None, *, started: float
 ) -> tuple[dict[str, float], list[Path]]:
     """Export and evaluate in a process of its own: in a worker's place beside the pool, or else in a teacher's."""
     from raydmd.training.finish import finish_run
@@ -260,16 +325,19 @@ def finish(
         num_cpus=min(p.teacher_cpus, p.worker_cpus),
         num_gpus=p.worker_gpus if pool else p.teacher_gpus or p.worker_gpus,
         max_retries=1,
+        scheduling_strategy=ANYWHERE,
     )
     facts = {
         **versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "training": f"{time.monotonic() - started:.0f} s wall time, start included",
     }
-    reference = task.remote(recipe, str(checkpoint), prompts, facts, pool)
+    reference = task.remote(recipe, str(checkpoint), prompts, facts, pool.client_spec() if pool else None)
     print("exporting and evaluating ...", flush=True)
     deadline = time.monotonic() + recipe.evaluation.timeout
     while not ray.wait([reference], timeout=1.0)[0]:
+        if pool:
+            pool.loaded(enough=1)
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' is trained but has no report yet; the same command makes it")
         if time.monotonic() > deadline:

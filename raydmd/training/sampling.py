@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raydmd.draws import CPU
-from raydmd.errors import InputError, NonFiniteError, RunFailed
+from raydmd.errors import InputError, NonFiniteError
 from raydmd.methods.presets import build_method, source_expert
 from raydmd.methods.terms import Answer
 from raydmd.models import load_family
@@ -27,6 +27,7 @@ from raydmd.serving.messages import RolloutRequest
 from raydmd.training.checkpoint import STUDENT
 from raydmd.training.export import fill, student_experts
 from raydmd.training.roles import add_adapter
+from raydmd.training.students import write_student
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,12 +187,10 @@ class Samplers:
         if cycle + 1 >= self._end:
             return
         if self._version is None or cycle - self._version >= self._every:
-            error: Exception | None = None
-            try:
-                self._write(student, cycle)
-            except Exception as e:  # raised by all ranks together; a full disk is safetensors' own kind of error
-                error = RunFailed(f"the student's weights can't be written for the samplers: {e}")
-            agree(error)
+            folder = version_folder(self._folder, cycle)
+            write_student(student, folder, rank=self._rank, agree=agree)
+            if self._rank == 0:
+                self._tidy(folder)
             self._version = cycle
         for purpose in purposes:
             batch = stream.batch(cycle + 1, purpose)
@@ -221,16 +220,8 @@ class Samplers:
         x, x0 = answer.value.to(device), answer.uncond.to(device)
         return method.rollout.restored(x, x0, noise, batch.draws, phase), cycle - asked.version
 
-    def _write(self, student: TrainedRole, version: int) -> None:
-        folder = version_folder(self._folder, version)
-        partial = folder.with_suffix(".partial")
-        if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        student.write(partial / STUDENT, rank=self._rank)
-        if self._rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            others = sorted(f for f in folder.parent.iterdir() if f != folder)
-            # What is there when a phase begins, or a run goes on, is of no use, whatever its number.
-            for old in others if self._version is None else others[: -KEPT + 1]:
-                shutil.rmtree(old, ignore_errors=True)
+    def _tidy(self, newest: Path) -> None:
+        others = sorted(f for f in newest.parent.iterdir() if f != newest)
+        # What is there when a phase begins, or a run goes on, is of no use, whatever its number.
+        for old in others if self._version is None else others[: -KEPT + 1]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import FrameType
 
@@ -40,12 +40,13 @@ def stop_on_signals(stop: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def fit(trainer: TorchTrainer, pools: Sequence[Pool]) -> ray.train.Result:
+def fit(trainer: TorchTrainer, pools: Sequence[Pool], meanwhile: Callable[[], None]) -> ray.train.Result:
     """Run the trainer in a thread of its own: in the main one Ray takes Ctrl-C for itself and aborts the run.
 
     Args:
         trainer: to be run.
         pools: that load meanwhile.
+        meanwhile: is called every second.
 
     Raises:
         PoolError: if a pool does not load; the caller ends what the trainer has started.
@@ -62,4 +63,5 @@ def fit(trainer: TorchTrainer, pools: Sequence[Pool]) -> ray.train.Result:
     while not wait([done], timeout=1.0).done:  # signals are heeded in between
         for pool in pools:
             pool.loaded(enough=1)  # training goes on with what there is
+        meanwhile()
     return done.result()

@@ -125,7 +125,8 @@ def test_samples_are_of_the_student_as_it_was(pipeline, tmp_path):
 
 def test_weights_that_are_not_there_are_named(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "SEEN_WITHIN", 0.2)
-    monkeypatch.setattr(Samplers, "_write", lambda *_: None)
+    monkeypatch.setattr(sampling, "write_student", lambda *_, **__: None)
+    monkeypatch.setattr(Samplers, "_tidy", lambda *_: None)
     with pytest.raises(InputError, match=r"the student's weights are not in .*live/00000000/student"):
         work(pipeline, tmp_path, samplers=1)
 

@@ -47,11 +47,11 @@ def test_a_pool_makes_the_clips_that_a_teacher_here_makes_and_they_are_kept(tmp_
     one, other = recipe(tmp_path / "one"), recipe(tmp_path / "other")
     family, cpu = load_family(one.model), torch.device("cpu")
     assert at_pool(one, family)
-    here = list(teacher_samples(ask(one, family, TEXTS, cpu), None, reference=True))
+    here = list(teacher_samples(ask(one, family, TEXTS, cpu), None))
     table = family.encode(training_prompts(one, family)[:4], tmp_path)
     with teacher_pool(other, family, table, family.shape().latent) as pool:
         asked = ask(other, family, TEXTS, cpu)
-        there = list(teacher_samples(asked, pool.client_spec(), reference=True))
+        there = list(teacher_samples(asked, pool.client_spec()))
     assert [s.name for s in there] == ["teacher", "reference", "undistilled", "undistilled_guided"]
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a.clips, b.clips)
@@ -59,13 +59,13 @@ def test_a_pool_makes_the_clips_that_a_teacher_here_makes_and_they_are_kept(tmp_
     assert not torch.equal(there[0].clips, there[1].clips)  # other noise
 
     # The pool is gone: what follows comes from the files, and the damaged one is of no use.
-    again = list(teacher_samples(asked, pool.client_spec(), reference=True))
+    again = list(teacher_samples(asked, pool.client_spec()))
     assert all(torch.equal(a.clips, b.clips) for a, b in zip(again, there, strict=True))
     files = sorted(asked.file.parent.glob("clips-*.safetensors"))
     assert len(files) == 4
     for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    anew = list(teacher_samples(asked, None, reference=True))
+    anew = list(teacher_samples(asked, None))
     assert all(torch.equal(a.clips, b.clips) for a, b in zip(anew, there, strict=True))
 
 

@@ -45,6 +45,8 @@ ORDER = [
     "planning",
     "training",
     "tuning",
+    "cli_faults",
+    "cli_sweep",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,261 @@
+"""``raydmd sweep``: run one, look at it, stop it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from raydmd import recipe_io
+from raydmd.cli_faults import guard
+from raydmd.errors import DONE, InputError
+from raydmd.models.places import in_zoo
+from raydmd.recipe import Recipe, combine, derive
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from raydmd.tuning.spec import Sweep
+    from raydmd.tuning.study import Row
+
+FILE = "sweep.yaml"
+"""In a sweep's folder: what it was started with."""
+OWN = "sweep."
+"""Before keys of the sweep itself, among those of its recipe."""
+
+HERE = platform.node() or "here"
+_Folder = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's folder, e.g. runs/NAME.")]
+_Json = Annotated[bool, typer.Option("--json", help="For a machine.")]
+_Storage = Annotated[
+    str | None,
+    typer.Option(envvar="RAYDMD_STORAGE", help="Of the study, e.g. postgresql://host/db; default: SQLite."),
+]
+_Cluster = Annotated[str, typer.Option(help="This cluster's name in the study.")]
+
+
+def sweep_commands() -> typer.Typer:
+    """The commands below ``raydmd sweep``."""
+    app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+    app.command("run", options_metavar="FILE [FLAGS] [KEY=VALUE]...")(_run)
+    app.command("status")(_status)
+    app.command("best")(_best)
+    app.command("front")(_front)
+    app.command("stop")(_stop)
+    return app
+
+
+def sweep_experiment(
+    *, zoo: Recipe, paper: Recipe, sweep: Mapping[str, Any], doc: str | None = None, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run a script that sweeps: read its command line, resolve recipe and sweep, run it, exit.
+
+    Args:
+        zoo: the recipe that trials differ from, on a tiny model that ships with the package; used unless a model
+            that is not of the zoo is named.
+        paper: the same with the paper's settings, for real weights.
+        sweep: the sweep, as plain values.
+        doc: what ``--help`` says; pass ``__doc__``.
+        argv: arguments; default: those of the process.
+    """
+
+    def run_sweep(
+        keys: Annotated[
+            list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe; of the sweep: sweep.KEY.")
+        ] = None,
+        model: Annotated[str | None, typer.Option(help="Zoo name, folder in diffusers' format, or hub id.")] = None,
+        prompts: Annotated[Path | None, typer.Option(help="Text, JSONL, CSV, TSV, Parquet, or a dataset.")] = None,
+        output: Annotated[Path | None, typer.Option(metavar="DIR", help="Sweeps are kept in here.")] = None,
+        name: Annotated[str | None, typer.Option(help="Of the sweep; the same name goes on with it.")] = None,
+        cluster: _Cluster = HERE,
+        storage: _Storage = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at it, print it, and exit.")] = False,
+    ) -> None:
+        def go() -> int:
+            base = zoo if model is None or in_zoo(model) else paper
+            flags = {"model.path": model, "data.prompts": prompts, "output": output}
+            words = [f"{k}={v}" for k, v in flags.items() if v is not None]
+            own = {"name": name, "storage": storage}
+            given = {**sweep, **{k: v for k, v in own.items() if v is not None}}
+            return start(given, base, [*words, *(keys or [])], cluster, dry_run=dry_run)
+
+        raise typer.Exit(guard(go, None))
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(help=doc, options_metavar="[FLAGS] [KEY=VALUE]...")(run_sweep)
+    app(args=None if argv is None else list(argv), prog_name=Path(sys.argv[0]).name)
+    raise AssertionError("typer exits by itself")
+
+
+def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster: str, *, dry_run: bool) -> int:
+    """Start a sweep, or go on with it.
+
+    Args:
+        given: the sweep, as plain values.
+        base: the recipe that its trials differ from.
+        overrides: ``key=value`` of the recipe, and of the sweep with :data:`OWN` before the key.
+        cluster: this cluster's name.
+        dry_run: print what would run, after it was looked at.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: before anything starts.
+    """
+    from raydmd.training.run import quiet
+    from raydmd.tuning.spec import read_sweep  # brings torch along
+
+    quiet()
+    changes = [o.removeprefix(OWN).partition("=") for o in overrides if o.startswith(OWN)]
+    for key, _, value in changes:
+        tree, parts = given, key.split(".")
+        for part in parts[:-1]:
+            tree = tree.setdefault(part, {})
+        tree[parts[-1]] = yaml.safe_load(value)
+    base = combine(base, overrides=[o for o in overrides if not o.startswith(OWN)])
+    spec = read_sweep(given)
+    text = described(spec, base)
+    if dry_run:
+        from raydmd.tuning.sweep import check, pinned
+
+        check(spec, pinned(spec, base))
+        typer.echo(text, nl=False)
+        return DONE
+    from raydmd.training.cluster import lasting
+    from raydmd.tuning.sweep import sweep
+
+    folder = lasting(base.output) / spec.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to output folder {folder}: {error}") from None
+    return sweep(spec, base, cluster=cluster)
+
+
+def described(spec: Sweep, base: Recipe) -> str:
+    """A sweep and its recipe as the YAML file that starts it again; a password in the storage's address stays out."""
+    sweep = spec.model_dump(mode="json")
+    if "@" in (spec.storage or ""):
+        sweep["storage"] = None
+    recipe = base.model_dump(mode="json")
+    return yaml.safe_dump({**sweep, "recipe": recipe}, sort_keys=False)
+
+
+def read(file: Path) -> tuple[dict[str, Any], Recipe]:
+    """A sweep's file: its own values and its recipe.
+
+    Raises:
+        InputError: if it can't be read, or the recipe is refused.
+    """
+    try:
+        tree = recipe_io.read_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"sweep file {file}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"sweep file {file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"sweep file {file} holds no mapping of keys to values")
+    changes = tree.pop("recipe", {})
+    try:
+        return tree, derive(Recipe(), changes)
+    except InputError as error:
+        raise InputError(f"sweep file {file}, recipe: {error}") from None
+
+
+def _run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML sweep, with its recipe's changes.")],
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe; of the sweep: sweep.KEY.")
+    ] = None,
+    cluster: _Cluster = HERE,
+    storage: _Storage = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at it, print it, and exit.")] = False,
+) -> None:
+    """Run this cluster's share of a sweep; the same command goes on with it, other clusters' join it."""
+
+    def go() -> int:
+        given, base = read(file)
+        if storage:
+            given["storage"] = storage
+        return start(given, base, keys or [], cluster, dry_run=dry_run)
+
+    raise typer.Exit(guard(go, None))
+
+
+def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
+    from raydmd.tuning.spec import read_sweep
+    from raydmd.tuning.study import rows_of
+    from raydmd.tuning.sweep import storage_url
+
+    if not (folder / FILE).is_file():
+        raise InputError(f"{folder} is no sweep's folder: it has no {FILE}")
+    given, _ = read(folder / FILE)
+    if storage:
+        given["storage"] = storage
+    spec = read_sweep(given)
+    return spec, rows_of(spec, storage_url(spec, folder.absolute()))
+
+
+def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
+    from raydmd.tuning import show
+
+    def tell() -> None:
+        spec, rows = _rows(folder, storage)
+        best = show.best_of(rows, spec)
+        chosen = {
+            "status": rows,
+            "best": [best] if best else [],
+            "front": show.front(rows, spec.objectives),
+        }[which]
+        if as_json:
+            typer.echo(json.dumps(show.as_json(chosen, spec), indent=1))
+            return
+        if which == "status":
+            typer.echo(show.progress(rows, spec))
+            typer.echo(show.table(rows, spec))
+        elif not chosen:
+            typer.echo("no trial has come to its end yet")
+        else:
+            typer.echo(show.table(rows, spec, only=chosen))
+            for row in chosen[:1] if which == "best" else chosen:
+                typer.echo(f"trial {row.root:04d}   {folder / 'trials' / f'{row.root:04d}'}")
+
+    guard(tell, None)
+
+
+def _status(folder: _Folder, storage: _Storage = None, as_json: _Json = False) -> None:
+    """All trials, the best first."""
+    _show(folder, storage, as_json, "status")
+
+
+def _best(folder: _Folder, storage: _Storage = None, as_json: _Json = False) -> None:
+    """The best trial by the first objective."""
+    _show(folder, storage, as_json, "best")
+
+
+def _front(folder: _Folder, storage: _Storage = None, as_json: _Json = False) -> None:
+    """The trials that no other one beats in every objective."""
+    _show(folder, storage, as_json, "front")
+
+
+def _stop(
+    folder: _Folder,
+    cluster: Annotated[str | None, typer.Option(help="One alone; default: all whose folders are here.")] = None,
+) -> None:
+    """Stop a sweep's commands; trials under way are kept, and the same commands go on with them."""
+
+    def stop() -> None:
+        found = [f for f in sorted((folder / "clusters").glob(cluster or "*")) if f.is_dir()]
+        if not found:
+            raise InputError(f"{folder} has no cluster {cluster or ''} that could be stopped")
+        for f in found:
+            (f / "STOP").touch()
+            typer.echo(f"told {f.name}")
+
+    guard(stop, None)

@@ -1,0 +1,248 @@
+"""The driver of a sweep: checks it, opens its study, and has Ray Tune run one cluster's share of the trials."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+
+from raydmd.errors import DONE, InputError, RunFailed, RunStopped
+from raydmd.models.sizes import training_latents
+from raydmd.recipe import derive
+from raydmd.tracking.group import Group
+from raydmd.training.clips import at_pool
+from raydmd.training.cluster import check_room, connect, lasting, living_nodes, parallel_runs
+from raydmd.training.encoding import encode
+from raydmd.training.folder import locked
+from raydmd.training.pools import teacher_pool
+from raydmd.training.run import check_method, prepare, versions
+from raydmd.training.stopping import stop_on_signals
+from raydmd.tuning.figures import reported
+from raydmd.tuning.halving import Halving
+from raydmd.tuning.search import StudySearch
+from raydmd.tuning.show import best_of, progress, table
+from raydmd.tuning.study import BEAT, Study
+from raydmd.tuning.trial import Common, RunTrial
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from raydmd.recipe import Recipe
+    from raydmd.serving.pool import Pool
+    from raydmd.training.run import Prepared
+    from raydmd.tuning.spec import Sweep
+
+SAY = 30.0
+"""Seconds between two lines about how it goes."""
+
+
+def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
+    """Run this cluster's share of a sweep; the same command goes on with one that was stopped.
+
+    Args:
+        spec: the sweep.
+        base: the recipe that its trials differ from.
+        cluster: this cluster's name in the study; its commands run one at a time.
+
+    Returns:
+        The exit code, ``DONE``.
+
+    Raises:
+        InputError: before anything starts.
+        RunStopped: the trials under way were given back.
+        RunFailed: if no trial of this cluster came to its end.
+    """
+    base = pinned(spec, base)
+    folder = base.output.parent
+    prepared = check(spec, base)
+    with locked(folder / "clusters" / cluster):
+        study = Study(spec, base, storage_url(spec, folder), cluster)
+        if left := study.give_back():
+            print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
+        if study.over():
+            print(f"sweep '{spec.name}' is finished")
+            print(table(study.rows(), spec))
+            return DONE
+        print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
+        connect()
+        stop = folder / "clusters" / cluster / "STOP"
+        stop.unlink(missing_ok=True)
+        try:
+            check_room(base, living_nodes())
+            with stop_on_signals(stop), beating(study), shared(prepared, stop) as pool:
+                conduct(spec, base, study, pool, stop, folder)
+        finally:
+            study.give_back()
+            ray.shutdown()
+        rows = study.rows()
+        print(table(rows, spec))
+        if stop.exists() and not study.over():
+            raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
+        best = best_of(rows, spec)
+        if best is None:
+            raise RunFailed(f"sweep '{spec.name}': no trial has come to its end; the last errors are above")
+        print(f"best      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
+    return DONE
+
+
+def pinned(spec: Sweep, base: Recipe) -> Recipe:
+    """The base with what all trials must have in common, and places of its own."""
+    output = lasting(base.output)
+    folder = output / spec.name
+    e = base.evaluation
+    changes: dict[str, Any] = {
+        "output": folder / "trials",
+        "name": "base",
+        "data.cache": base.data.cache or folder / "conditions",
+        # What students are compared with must not move with what is searched.
+        "evaluation.guidance": base.method.guidance if e.guidance is None else e.guidance,
+        "evaluation.shift": base.method.shift if e.shift is None else e.shift,
+        "tracking.uri": base.tracking.uri or f"sqlite:///{output / 'mlflow.db'}",
+    }
+    return derive(base, changes)
+
+
+def storage_url(spec: Sweep, folder: Path) -> str:
+    """Of the study."""
+    return spec.storage or f"sqlite:///{folder / 'study.db'}"
+
+
+def check(spec: Sweep, base: Recipe) -> Prepared:
+    """Look at a sweep as closely as can be done without a cluster.
+
+    Raises:
+        InputError: if one of its recipes can't be run, or an objective is no figure of its evaluation.
+    """
+    prepared = prepare(base)
+    figures = reported(base)
+    for name in spec.objectives:
+        if name not in figures:
+            raise InputError(
+                f"sweep {spec.name!r}: no trial reports {name!r}; the evaluation of this recipe has "
+                f"{', '.join(sorted(figures))}"
+            )
+    if spec.stopping and not base.evaluation.every:
+        raise InputError(
+            f"sweep {spec.name!r}: stopping compares trials on their way, and evaluation.every=0 evaluates at the end "
+            "alone; set evaluation.every"
+        )
+    for changes, recipe in spec.corners(base):
+        try:
+            check_method(recipe, prepared.family)
+        except InputError as error:
+            said = ", ".join(f"{k}={v}" for k, v in changes.items())
+            raise InputError(f"sweep {spec.name!r} can come to {said}: {error}") from None
+    return prepared
+
+
+def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Path, folder: Path) -> None:
+    """Tune's part of a sweep, on the cluster that this process is connected to."""
+    room = parallel_runs(base, living_nodes())
+    parallel = min(spec.parallel or room, room)
+    print(f"{parallel} trial(s) at a time", flush=True)
+    group = Group.open(base, spec.name, study.attribute, versions())
+    search = StudySearch(study, Common(base, group.tags()))
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    tuner = tune.Tuner(
+        tune.with_resources(RunTrial, {"cpu": 0.01}),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=Halving.of(spec, base, study, search) if spec.stopping else None,
+            num_samples=-1,
+            max_concurrent_trials=parallel,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{stop.parent.name}-{int(time.time())}",
+            storage_path=str(folder / "tune"),
+            stop=StopFile(stop),
+            verbose=0,
+        ),
+    )
+    done: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(tuner.fit())
+        except BaseException as error:
+            done.set_exception(error)
+
+    begun = said = time.monotonic()
+    threading.Thread(target=work, name="raydmd-tune", daemon=True).start()
+    while not wait([done], timeout=1.0).done:  # signals are heeded in between
+        now = time.monotonic()
+        if pool:
+            pool.loaded(enough=1)
+        hours, gpu_hours = spec.budget.hours, spec.budget.gpu_hours
+        if hours and now - begun > hours * 3600:
+            search.close("its hours are over")
+        if now - said > SAY:
+            said = now
+            print(progress(study.rows(), spec), flush=True)
+            if gpu_hours and study.gpu_hours() > gpu_hours:
+                search.close("its GPU hours are used")
+    done.result()
+    group.close(study.rows(), spec.objectives)
+
+
+@contextlib.contextmanager
+def shared(prepared: Prepared, stop: Path) -> Iterator[Pool | None]:
+    """What the trials share, kept from the first to the last: encoded prompts and the teacher's pool."""
+    recipe, family = prepared.recipe, prepared.family
+    assert recipe.data.cache is not None
+    conditions = encode(recipe, family, prepared.prompts, recipe.data.cache, stop)
+    if recipe.placement.teacher != "remote" or not at_pool(recipe, family):
+        yield None
+        return
+    largest = max(training_latents(family, recipe.data))
+    with teacher_pool(recipe, family, conditions, largest, holder=f"sweep-{recipe.output.parent.name}") as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def beating(study: Study) -> Iterator[None]:
+    """Signs of life, as long as the block lasts."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            study.beat()
+
+    thread = threading.Thread(target=beat, name="raydmd-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=BEAT)
+
+
+class StopFile(tune.Stopper):
+    """Ends all trials once a file is there.
+
+    Args:
+        file: whose coming is waited for.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial by itself."""
+        del trial_id, result
+        return False
+
+    def stop_all(self) -> bool:
+        """See :class:`ray.tune.Stopper`."""
+        return self._file.exists()

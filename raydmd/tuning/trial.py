@@ -1,0 +1,142 @@
+"""A trial: a run like any other, driven from one of Ray Tune's processes, that reports its evaluations as they come."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+
+from raydmd.errors import RunFailed, RunStopped
+from raydmd.recipe import derive
+from raydmd.training.cluster import settle
+from raydmd.training.finish import EVALUATION
+from raydmd.training.folder import finished, locked, same_run
+from raydmd.training.run import Surroundings, conduct, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from raydmd.recipe import Recipe
+
+LEAVE = 300.0
+"""Seconds that a run has to stop in, with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all trials of a sweep share.
+
+    Attributes:
+        base: the recipe that they differ from; its output is the trials' folder.
+        tags: of their MLflow runs.
+    """
+
+    base: Recipe
+    tags: Mapping[str, str]
+
+
+class RunTrial(tune.Trainable):
+    """Runs a recipe in a thread; each step of Tune's is an evaluation, the last one that of the finished run.
+
+    Configured by ``number``, ``root`` and ``changes`` of a :class:`~raydmd.tuning.study.Claim`, and ``common``.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """See :class:`ray.tune.Trainable`."""
+        settle()
+        self._begin(config)
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next evaluation, or for what ended the run."""
+        return {**self._news.get(), "gpu_seconds": self.gpu_seconds()}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune's note of a trial that pauses: the run keeps its own checkpoints, where it is."""
+        (Path(checkpoint_dir) / "run.txt").write_text(str(self._recipe.folder), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """The run goes on from its own."""
+
+    def cleanup(self) -> None:
+        """Stop the run where it can go on from, and wait until its processes have gone."""
+        self._stop.parent.mkdir(parents=True, exist_ok=True)
+        if self._thread.is_alive():
+            self._stop.touch()
+            self._thread.join(LEAVE)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial: what this process has imported need not be imported again."""
+        self.cleanup()
+        if self._thread.is_alive():
+            return False
+        self._begin(new_config)
+        return True
+
+    def gpu_seconds(self) -> float:
+        """That the run's workers have held so far."""
+        p = self._recipe.placement
+        return (time.monotonic() - self._begun) * p.workers * p.worker_gpus
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        common: Common = config["common"]
+        name, self._begun = f"{config['root']:04d}", time.monotonic()
+        self._recipe = derive(common.base, {**config["changes"], "name": name})
+        self._tags = {**common.tags, "raydmd.trial": name}
+        self._stop = self._recipe.folder / "STOP"
+        self._news: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            prepared = prepare(self._recipe)
+            with locked(self._recipe.folder):
+                if finished(self._recipe.folder):
+                    self._tell(figures_kept(self._recipe))
+                    return
+                same_run(self._recipe, self._recipe.folder)
+                self._stop.unlink(missing_ok=True)
+                conduct(prepared, self._stop, surroundings=Surroundings(tags=self._tags, tell=self._tell))
+        except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
+            self._fail(str(error))
+        except BaseException as error:
+            self._recipe.folder.mkdir(parents=True, exist_ok=True)
+            with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
+                log.write(traceback.format_exc() + "\n")
+            self._fail(f"{type(error).__name__}: {error} (traceback in error.log)")
+
+    def _fail(self, why: str) -> None:
+        self._news.put({"cycle": 0, "error": why.strip().splitlines()[0], "finished": False, "done": True})
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        found = {k.removeprefix(EVALUATION): v for k, v in figures.items()}
+        last = int(found["cycle"]) >= self._recipe.training.cycles
+        self._news.put({**found, "finished": last, "done": last})
+
+
+def figures_kept(recipe: Recipe) -> dict[str, float]:
+    """The figures of a finished run's student.
+
+    Raises:
+        RunFailed: if its folder has none.
+    """
+    file = recipe.folder / "result.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        row = next(r for r in rows if r["name"] == "student")
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise RunFailed(f"{file} holds no student's figures: {error}") from None
+    figures = {f"{EVALUATION}{k}": float(v) for k, v in row.items() if isinstance(v, int | float)}
+    return {"cycle": float(recipe.training.cycles), **figures}
+
+
+def folder_of(base: Recipe, root: int) -> Path:
+    """Where a trial's run is."""
+    return base.output / f"{root:04d}"

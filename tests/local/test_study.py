@@ -1,0 +1,183 @@
+"""A sweep's study in a real database, without Ray: claims, deaths, restarts, other sweeps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydmd.errors import InputError
+from raydmd.recipe import Recipe, derive
+from raydmd.tuning import study as studies
+from raydmd.tuning.show import as_json, best_of, front, progress, table
+from raydmd.tuning.spec import read_sweep
+from raydmd.tuning.study import Study, rows_of
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.local
+
+
+def spec(**other: Any) -> Any:
+    given = {
+        "name": "s",
+        "objectives": {"frechet": "min", "joint": "max"},
+        "space": {"method.guidance": {"low": 2.0, "high": 6.0}, "method.steps": [2, 4]},
+        "search": {"kind": "random"},
+        "budget": {"trials": 4},
+    }
+    return read_sweep(given | other)
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+def figures(value: float) -> dict[str, float]:
+    return {"frechet": value, "joint": value / 10, "seconds": 1.0}
+
+
+def test_trials_are_claimed_once_and_the_budget_holds(tmp_path: Path) -> None:
+    clusters = [Study(spec(), Recipe(), url(tmp_path), f"c{k}") for k in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = [claim for claims in pool.map(lambda s: [s.claim() for _ in range(4)], clusters) for claim in claims]
+    claimed = [claim for claim in found if claim]
+    assert len({claim.number for claim in claimed}) == len(claimed) == 4
+    assert all(2 <= claim.changes["method.guidance"] <= 6 for claim in claimed)
+    assert not clusters[0].over()
+    for cluster in clusters:
+        for row in cluster.rows():
+            if row.state == "running" and row.cluster == cluster._cluster:
+                cluster.note(row.number, 10, figures(row.number))
+                cluster.finished(row.number, figures(row.number))
+    assert clusters[1].over()
+    assert clusters[2].claim() is None
+    assert sum(row.state == "finished" for row in clusters[0].rows()) == 4
+
+
+def test_what_is_drawn_depends_on_the_trial_alone(tmp_path: Path) -> None:
+    one = Study(spec(), Recipe(), url(tmp_path / "a"), "c") if (tmp_path / "a").mkdir() is None else None
+    (tmp_path / "b").mkdir()
+    assert one is not None
+    first = [one.claim() for _ in range(3)]
+    drawn = [claim.changes for claim in first if claim]
+    other = Study(spec(), Recipe(), url(tmp_path / "b"), "c")
+    again = [other.claim() for _ in range(2)]
+    restarted = Study(spec(), Recipe(), url(tmp_path / "b"), "d")
+    again.append(restarted.claim())
+    assert [claim.changes for claim in again if claim] == drawn
+    assert len({str(c) for c in drawn}) == 3
+
+
+def test_a_restart_goes_on_with_its_own(tmp_path: Path) -> None:
+    first = Study(spec(), Recipe(), url(tmp_path), "here")
+    claim = first.claim()
+    assert claim
+    first.note(claim.number, 20, figures(3.0))
+    del first
+    again = Study(spec(), Recipe(), url(tmp_path), "here")
+    assert again.give_back() == 1
+    taken = again.claim()
+    assert taken
+    assert (taken.root, taken.changes) == (claim.root, claim.changes)
+    assert taken.number != claim.number
+    assert again.taken() == 1
+    [row] = [row for row in again.rows() if row.state == "running"]
+    assert row.at == {20: {"frechet": 3.0, "joint": 0.3}}
+    assert [row.state for row in again.rows()] == ["lost", "running"]
+
+
+DIES = """
+import os, sys
+from raydmd.recipe import Recipe
+from raydmd.tuning import study as studies
+from test_study import spec
+claim = studies.Study(spec(), Recipe(), sys.argv[1], "dies").claim()
+print(claim.number, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_dead_clusters_trial_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "PATH": "/usr/bin:/bin"}
+    dead = subprocess.run(
+        [sys.executable, "-c", DIES, url(tmp_path)], capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+    assert dead.stdout.strip() == "0", dead.stderr
+    monkeypatch.setattr(studies, "GRACE", 3)
+    monkeypatch.setattr(studies, "BEAT", 1)
+    survivor = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "lives")
+    assert survivor.claim() is None  # it may yet live
+    assert not survivor.over()
+    time.sleep(4)
+    claim = survivor.claim()
+    assert claim
+    assert claim.root == 0
+    survivor.finished(claim.number, figures(1.0))
+    assert survivor.over()
+
+
+def test_a_late_teller_does_not_count_twice(tmp_path: Path) -> None:
+    slow = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "slow")
+    claim = slow.claim()
+    assert claim
+    other = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "slow")
+    other.give_back()
+    taken = other.claim()
+    assert taken
+    slow.finished(claim.number, figures(9.0))  # its trial was given away meanwhile
+    other.finished(taken.number, figures(1.0))
+    assert [row.values.get("frechet") for row in other.rows() if row.values] == [1.0]
+
+
+def test_another_sweep_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    Study(spec(), Recipe(), url(tmp_path), "c")
+    Study(spec(budget={"trials": 99}), derive(Recipe(), {"placement.teachers": 3}), url(tmp_path), "c")  # may differ
+    with pytest.raises(InputError, match=r"of another sweep: recipe.method.shift differ"):
+        Study(spec(), derive(Recipe(), {"method.shift": 3.0}), url(tmp_path), "c")
+    with pytest.raises(InputError, match=r"of another sweep: space.method.guidance"):
+        Study(spec(space={"method.guidance": [1, 2]}), Recipe(), url(tmp_path), "c")
+    with pytest.raises(InputError, match="has no study 'other'"):
+        rows_of(spec(name="other"), url(tmp_path))
+
+
+def test_a_storage_that_is_not_there_is_said_without_its_password() -> None:
+    with pytest.raises(InputError, match="can't be used") as caught:
+        Study(spec(), Recipe(), "postgresql://me:secret@127.0.0.1:1/db", "c")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_grid_is_run_once(tmp_path: Path) -> None:
+    grid = spec(space={"method.steps": [1, 2, 4]}, search={"kind": "grid"}, budget={"trials": 99})
+    study = Study(grid, Recipe(), url(tmp_path), "c")
+    joined = Study(grid, Recipe(), url(tmp_path), "d")
+    found = [study.claim(), joined.claim(), study.claim(), joined.claim()]
+    assert [claim.changes["method.steps"] for claim in found if claim] == [1, 2, 4]
+    assert found[3] is None
+
+
+def test_tables_best_and_front(tmp_path: Path) -> None:
+    study = Study(spec(), Recipe(), url(tmp_path), "c")
+    claims = [study.claim() for _ in range(4)]
+    values = [(5.0, 0.5), (3.0, 0.2), (6.0, 0.4)]
+    for claim, (frechet, joint) in zip(claims, values, strict=False):
+        assert claim
+        study.note(claim.number, 30, {"frechet": frechet, "joint": joint})
+        study.finished(claim.number, {"frechet": frechet, "joint": joint})
+    assert claims[3]
+    study.failed(claims[3].number, "out of memory")
+    rows = study.rows()
+    best = best_of(rows, study.spec)
+    assert best
+    assert best.root == 1
+    assert [row.root for row in front(rows, study.spec.objectives)] == [1, 0]
+    text = table(rows, study.spec)
+    assert text.index("0001") < text.index("0000") < text.index("0002")
+    assert "trial 0003: out of memory" in text
+    assert "best frechet 3" in progress(rows, study.spec)
+    assert [t["front"] for t in as_json(rows, study.spec)["trials"]] == [True, True, False, False]

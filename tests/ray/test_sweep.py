@@ -1,0 +1,146 @@
+"""A sweep from the command line, on a Ray of its own: stopped on its way, gone on with, tracked, shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+HERE = Path(__file__).parents[2]
+SWEEP: dict[str, Any] = {
+    "name": "tiny",
+    "objectives": {"frechet": "min", "coverage_entropy": "max"},
+    "space": {"method.guidance": [1.5, 3.5, 6.0], "method.decouple.augment": {"low": 0.5, "high": 1.5}},
+    "search": {"kind": "random"},
+    "stopping": {"reduction": 2.0},
+    "budget": {"trials": 2},
+    "recipe": {
+        "model.path": "sd35-tiny",
+        "method": {"name": "decoupled", "shift": 3.0},
+        "training": {
+            "cycles": 160,
+            "batch": 8,
+            "fake_updates": 1,
+            "precision": "fp32",
+            "report_every": 10,
+            "checkpoint_every": 40,
+            "student": {"lora": None},
+        },
+        "evaluation": {"every": 80, "samples": 16, "teacher_steps": 3, "grid": 2},
+        "placement": {"worker_cpus": 0.5, "teacher_cpus": 0.25},
+        "monitor.diversity": None,
+    },
+}
+
+
+def command(folder: Path, *words: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    env.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydmd", "sweep", *words],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    asked = command(folder, "status", "runs/tiny", "--json")
+    out, _ = asked.communicate(timeout=60)
+    assert asked.returncode == 0, out
+    found: list[dict[str, Any]] = json.loads(out[out.index("{") :])["trials"]
+    return found
+
+
+def cycles(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return int(json.loads(lines[-1])["cycle"]) if lines else 0
+
+
+def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+    first = command(tmp_path, "run", "s.yaml", "--cluster", "here")
+    trials = tmp_path / "runs" / "tiny" / "trials"
+    deadline = time.monotonic() + 300
+    while cycles(trials / "0000") < 60:
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    first.send_signal(signal.SIGINT)
+    out, _ = first.communicate(timeout=200)
+    assert first.returncode == 3, out
+    assert "the same command goes on with it" in out
+    before = [row for row in rows(tmp_path) if row["state"] != "lost"]
+    assert {row["state"] for row in before} <= {"waiting", "finished", "stopped early"}
+
+    again = command(tmp_path, "run", "s.yaml", "--cluster", "here")
+    out, _ = again.communicate(timeout=500)
+    assert again.returncode == 0, out
+    after = [row for row in rows(tmp_path) if row["state"] != "lost"]
+    assert len(after) == 2
+    assert {row["state"] for row in after} <= {"finished", "stopped early"}
+    assert sorted(row["trial"] for row in after) == sorted({row["trial"] for row in after})
+    finished = [row for row in after if row["state"] == "finished"]
+    assert finished
+    assert all(set(row["values"]) == {"frechet", "coverage_entropy"} for row in finished)
+    # The trial that was stopped went on from its checkpoint.
+    events = [json.loads(line) for line in (trials / "0000" / "events.jsonl").read_text().splitlines()]
+    assert any(event["event"] == "resume" and event["cycle"] > 0 for event in events)
+    # One pool, one teacher's clips for all.
+    assert len(list((tmp_path / "runs" / "tiny" / "conditions").glob("clips-*"))) <= 4
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    [experiment] = [e for e in client.search_experiments() if e.name == "raydmd"]
+    found = client.search_runs([experiment.experiment_id])
+    parents = [r for r in found if MLFLOW_PARENT_RUN_ID not in r.data.tags]
+    assert len(parents) == 1
+    children = [r for r in found if r.data.tags.get(MLFLOW_PARENT_RUN_ID) == parents[0].info.run_id]
+    assert {r.data.tags["raydmd.trial"] for r in children} == {f"{row['trial']:04d}" for row in after}
+    for run in children:
+        for key in ("cycle", "evaluation/frechet"):
+            steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+            assert len(steps) == len(set(steps)), (run.info.run_name, key, steps)
+
+    done = command(tmp_path, "run", "s.yaml", "--cluster", "here")
+    out, _ = done.communicate(timeout=60)
+    assert done.returncode == 0
+    assert "is finished" in out
+    for which in ("best", "front"):
+        shown = command(tmp_path, which, "runs/tiny")
+        out, _ = shown.communicate(timeout=60)
+        assert shown.returncode == 0, out
+        assert "finished" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": {"frechett": "min"}}, "no trial reports 'frechett'"),
+        ({"space": {"method.guidanse": [1, 2]}}, "did you mean 'method.guidance'"),
+        ({"recipe": {**SWEEP["recipe"], "evaluation": {"every": 0}}}, "set evaluation.every"),
+        ({"space": {"method.boundaries": {"of": [[0.5, 0.9]]}}}, "boundaries must fall"),
+    ],
+)
+def test_bad_input_is_refused_before_the_start(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}), encoding="utf-8")
+    asked = command(tmp_path, "run", "s.yaml")
+    out, _ = asked.communicate(timeout=60)
+    assert asked.returncode == 2, out
+    assert message in out
+    assert not (tmp_path / "runs" / "tiny" / "study.db").exists()
