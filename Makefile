@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test experiments methods collapse serving lint format
+.PHONY: help install demo test sweep experiments methods collapse serving lint format
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,8 +29,11 @@ test: $(READY) ## install, then run every test, side by side: all but chaos, the
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2 --dist worksteal
 
+sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to the best and the front (a quarter of an hour)
+	$(BIN)/python experiments/sweep_ca_dm_schedules.py
+
 experiments: $(READY) ## every script of experiments/ on the zoo, 20 updates each (half an hour)
-	@for script in experiments/*.py; do \
+	@for script in $(filter-out experiments/sweep_%,$(wildcard experiments/*.py)); do \
 		echo "== $$script"; \
 		$(BIN)/python $$script --training.cycles=20 --evaluation.samples=32 --evaluation.grid=4 \
 			--name=$$(basename $$script .py) --output=runs/experiments || exit 1; done

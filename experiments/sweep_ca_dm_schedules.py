@@ -9,9 +9,7 @@ from decoupled_lumina2 import PAPER as DECOUPLED
 
 from raydmd.cli_sweep import sweep_experiment
 from raydmd.recipe import derive
-from raydmd.recipe_evaluation import Evaluation
-from raydmd.recipe_placement import Placement
-from raydmd.zoo.settings import on_zoo
+from raydmd.zoo.settings import SWEPT, on_zoo
 
 SWEEP = {
     "name": "ca-dm-schedules",
@@ -31,18 +29,7 @@ SWEEP = {
 }
 
 PAPER = derive(DECOUPLED, {"evaluation": {"every": 1000, "samples": 64}, "placement.workers": 8})
-PLACEMENT = Placement(workers=1, worker_cpus=0.5, teacher_cpus=0.25)
-ZOO = on_zoo(
-    DECOUPLED,
-    "sd35-tiny",
-    cycles=180,
-    **{
-        "method.shift": 3.0,
-        "method.guidance": 3.5,
-        "placement": PLACEMENT.model_dump(),
-        "evaluation": Evaluation(every=20, samples=128, teacher_steps=30).model_dump(),
-    },
-)
+ZOO = on_zoo(DECOUPLED, "sd35-tiny", cycles=180, **{"method.shift": 3.0, "method.guidance": 3.5}, **SWEPT)
 
 if __name__ == "__main__":
     sweep_experiment(zoo=ZOO, paper=PAPER, sweep=SWEEP, doc=__doc__)

@@ -13,6 +13,7 @@ import yaml
 
 from raydmd import recipe_io
 from raydmd.cli_faults import guard
+from raydmd.cli_words import PASS_ON, read_overrides
 from raydmd.errors import DONE, InputError
 from raydmd.models.places import in_zoo
 from raydmd.recipe import Recipe, combine, derive
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 FILE = "sweep.yaml"
 """In a sweep's folder: what it was started with."""
+EPILOG = """\b
+Any recipe key is a flag too, in either form; keys of the sweep have 'sweep.' before them:
+  --training.cycles=100   sweep.budget.trials=40"""
 OWN = "sweep."
 """Before keys of the sweep itself, among those of its recipe."""
 
@@ -41,7 +45,7 @@ _Cluster = Annotated[str, typer.Option(help="This cluster's name in the study.")
 def sweep_commands() -> typer.Typer:
     """The commands below ``raydmd sweep``."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
-    app.command("run", options_metavar="FILE [FLAGS] [KEY=VALUE]...")(_run)
+    app.command("run", epilog=EPILOG, context_settings=PASS_ON, options_metavar="FILE [FLAGS] [KEY=VALUE]...")(_run)
     app.command("status")(_status)
     app.command("best")(_best)
     app.command("front")(_front)
@@ -64,9 +68,7 @@ def sweep_experiment(
     """
 
     def run_sweep(
-        keys: Annotated[
-            list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe; of the sweep: sweep.KEY.")
-        ] = None,
+        ctx: typer.Context,
         model: Annotated[str | None, typer.Option(help="Zoo name, folder in diffusers' format, or hub id.")] = None,
         prompts: Annotated[Path | None, typer.Option(help="Text, JSONL, CSV, TSV, Parquet, or a dataset.")] = None,
         output: Annotated[Path | None, typer.Option(metavar="DIR", help="Sweeps are kept in here.")] = None,
@@ -81,12 +83,12 @@ def sweep_experiment(
             words = [f"{k}={v}" for k, v in flags.items() if v is not None]
             own = {"name": name, "storage": storage}
             given = {**sweep, **{k: v for k, v in own.items() if v is not None}}
-            return start(given, base, [*words, *(keys or [])], cluster, dry_run=dry_run)
+            return start(given, base, [*words, *read_keys(ctx.args)], cluster, dry_run=dry_run)
 
         raise typer.Exit(guard(go, None))
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=doc, options_metavar="[FLAGS] [KEY=VALUE]...")(run_sweep)
+    app.command(help=doc, epilog=EPILOG, context_settings=PASS_ON, options_metavar="[FLAGS] [KEY=VALUE]...")(run_sweep)
     app(args=None if argv is None else list(argv), prog_name=Path(sys.argv[0]).name)
     raise AssertionError("typer exits by itself")
 
@@ -138,6 +140,19 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
     return sweep(spec, base, cluster=cluster)
 
 
+def read_keys(words: Sequence[str]) -> list[str]:
+    """Keys of the recipe, in either form, and of the sweep.
+
+    Raises:
+        InputError: as :func:`raydmd.cli_words.read_overrides` does.
+    """
+    plain = [w.removeprefix("--") if w.startswith(f"--{OWN}") else w for w in words]
+    own = [w for w in plain if w.startswith(OWN)]
+    if wrong := [w for w in own if "=" not in w]:
+        raise InputError(f"{wrong[0]} needs a value: {wrong[0]}=VALUE")
+    return [*read_overrides([w for w in plain if not w.startswith(OWN)])[0], *own]
+
+
 def described(spec: Sweep, base: Recipe) -> str:
     """A sweep and its recipe as the YAML file that starts it again; a password in the storage's address stays out."""
     sweep = spec.model_dump(mode="json")
@@ -169,10 +184,8 @@ def read(file: Path) -> tuple[dict[str, Any], Recipe]:
 
 
 def _run(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML sweep, with its recipe's changes.")],
-    keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe; of the sweep: sweep.KEY.")
-    ] = None,
     cluster: _Cluster = HERE,
     storage: _Storage = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at it, print it, and exit.")] = False,
@@ -183,7 +196,7 @@ def _run(
         given, base = read(file)
         if storage:
             given["storage"] = storage
-        return start(given, base, keys or [], cluster, dry_run=dry_run)
+        return start(given, base, read_keys(ctx.args), cluster, dry_run=dry_run)
 
     raise typer.Exit(guard(go, None))
 

@@ -89,8 +89,11 @@ class Interim:
             self.look()
 
     def _waiting(self) -> Iterator[Path]:
-        folders = (self._recipe.folder / STUDENTS).glob("cycle-*")
-        return (f for f in sorted(folders) if f.suffix != ".partial" and f.name not in self._done)
+        for folder in sorted((self._recipe.folder / STUDENTS).glob("cycle-*")):
+            if folder.name in self._done:  # a resumed worker has come past it again
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.suffix != ".partial":
+                yield folder
 
     def _collect(self, folder: Path, reference: Any) -> None:
         self._done.add(folder.name)

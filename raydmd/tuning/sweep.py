@@ -111,7 +111,9 @@ def pinned(spec: Sweep, base: Recipe) -> Recipe:
 
 def storage_url(spec: Sweep, folder: Path) -> str:
     """Of the study."""
-    return spec.storage or f"sqlite:///{folder / 'study.db'}"
+    given = spec.storage or f"sqlite:///{folder / 'study.db'}"
+    # The driver that `raydmd[postgres]` brings; SQLAlchemy would look for an older one.
+    return given.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def check(spec: Sweep, base: Recipe) -> Prepared:

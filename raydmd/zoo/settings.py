@@ -26,6 +26,13 @@ TRAINING: dict[str, Any] = {
 """Half a million parameters an expert instead of billions: full fine-tuning, at the rates that such a size needs."""
 
 
+SWEPT: dict[str, Any] = {
+    "placement": Placement(workers=1, worker_cpus=0.5, teacher_cpus=0.25).model_dump(),
+    "evaluation": Evaluation(every=20, samples=128, teacher_steps=30).model_dump(),
+}
+"""Of a sweep's trials: two of them, and their teacher, on two cores; evaluated on their way."""
+
+
 def on_zoo(paper: Recipe, model: str, *, cycles: int = 200, **changes: Any) -> Recipe:
     """A paper's recipe on a tiny pipeline: its method, at sizes and rates that a laptop trains in minutes.
 

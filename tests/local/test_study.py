@@ -19,6 +19,8 @@ from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.study import Study, rows_of
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "ray"))
+import postgres  # noqa: E402
 
 pytestmark = pytest.mark.local
 
@@ -181,3 +183,39 @@ def test_tables_best_and_front(tmp_path: Path) -> None:
     assert "trial 0003: out of memory" in text
     assert "best frechet 3" in progress(rows, study.spec)
     assert [t["front"] for t in as_json(rows, study.spec)["trials"]] == [True, True, False, False]
+
+
+WORKS = """
+import sys
+from raydmd.recipe import Recipe
+from raydmd.tuning.study import Study
+from test_study import figures, spec
+study = Study(spec(budget={"trials": 30}), Recipe(), sys.argv[1], sys.argv[2])
+while claim := study.claim():
+    study.note(claim.number, 10, figures(claim.number))
+    study.finished(claim.number, figures(claim.number))
+    print(claim.number, flush=True)
+"""
+
+
+def test_processes_share_a_study_in_postgresql_and_no_trial_is_run_twice() -> None:
+    with postgres.server() as address:
+        driver = address.replace("postgresql://", "postgresql+psycopg://")
+        env = {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}:{HERE.parent / 'ray'}", "PATH": "/usr/bin:/bin"}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKS, driver, f"c{k}"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for k in range(4)
+        ]
+        ended = [process.communicate(timeout=200) for process in running]
+        assert all(process.returncode == 0 for process in running), [err for _, err in ended]
+        numbers = [int(line) for out, _ in ended for line in out.split()]
+        assert len(numbers) == len(set(numbers)) == 30
+        rows = rows_of(spec(budget={"trials": 30}), driver)
+        assert sum(row.state == "finished" for row in rows) == 30
+        assert len({row.cluster for row in rows if row.values}) > 1

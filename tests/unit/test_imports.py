@@ -46,6 +46,7 @@ ORDER = [
     "training",
     "tuning",
     "cli_faults",
+    "cli_words",
     "cli_sweep",
     "cli",
     "__main__",
