@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sweep experiments methods collapse serving lint format
+.PHONY: help install demo test test-sweeps sweep experiments methods collapse serving lint format
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 install: $(READY) ## make .venv with the tested versions
 
@@ -25,9 +25,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
 	$(BIN)/python experiments/phased_wan22.py
 
-test: $(READY) ## install, then run every test, side by side: all but chaos, then chaos
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" -n auto --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -n 2 --dist worksteal
+test: $(READY) ## install, then run the tests, side by side: all but chaos, then chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not sweep" -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos and not sweep" -n 2 --dist worksteal
+
+test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second cluster (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep
 
 sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to the best and the front (a quarter of an hour)
 	$(BIN)/python experiments/sweep_ca_dm_schedules.py

@@ -16,9 +16,11 @@ from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
 from raydmd.tracking.group import Group
+from raydmd.tracking.model import BEST, register
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
+from raydmd.training.export import PIPELINE
 from raydmd.training.folder import locked
 from raydmd.training.pools import teacher_pool
 from raydmd.training.run import check_method, prepare, versions
@@ -27,7 +29,7 @@ from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
-from raydmd.tuning.study import BEAT, Study
+from raydmd.tuning.study import BEAT, Study, shown
 from raydmd.tuning.trial import Common, RunTrial
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from raydmd.serving.pool import Pool
     from raydmd.training.run import Prepared
     from raydmd.tuning.spec import Sweep
+    from raydmd.tuning.study import Row
 
 SAY = 30.0
 """Seconds between two lines about how it goes."""
@@ -89,6 +92,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         if best is None:
             raise RunFailed(f"sweep '{spec.name}': no trial has come to its end; the last errors are above")
         print(f"best      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
+        publish(spec, base, best, prepared)
     return DONE
 
 
@@ -196,6 +200,22 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
                 search.close("its GPU hours are used")
     done.result()
     group.close(study.rows(), spec.objectives)
+
+
+def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
+    """Put the best student into MLflow's registry; a registry that is away does not undo a sweep."""
+    folder = base.output / f"{best.root:04d}"
+    if not (folder / PIPELINE).is_dir():
+        print(f"its student is where cluster {best.cluster!r} keeps its trials; that one registers it")
+        return
+    recipe = derive(base, best.changes)
+    how = {"call": prepared.family.sampling(steps=recipe.method.steps), "absent": prepared.family.absent()}
+    try:
+        run_id = (folder / "mlflow_run_id").read_text(encoding="utf-8").strip()
+        version = register(str(base.tracking.uri), run_id, spec.name, folder / PIPELINE, how)
+        print(f"model     models:/{spec.name}@{BEST} (version {version}) in {shown(str(base.tracking.uri))}")
+    except Exception as error:  # whatever MLflow raises, the student is in its folder
+        print(f"tracking: the best student was not registered ({type(error).__name__}: {error})")
 
 
 @contextlib.contextmanager

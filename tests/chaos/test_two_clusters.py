@@ -20,7 +20,7 @@ HERE = Path(__file__).parents[2]
 sys.path.insert(0, str(HERE / "tests" / "ray"))
 import postgres  # noqa: E402
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.sweep, pytest.mark.timeout(900)]
 
 SWEEP: dict[str, Any] = {
     "name": "shared",

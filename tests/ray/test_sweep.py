@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import pytest
 import yaml
@@ -73,6 +74,7 @@ def cycles(run: Path) -> int:
     return int(json.loads(lines[-1])["cycle"]) if lines else 0
 
 
+@pytest.mark.sweep
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
     first = command(tmp_path, "run", "s.yaml", "--cluster", "here")
@@ -105,7 +107,8 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     # One pool, one teacher's clips for all.
     assert len(list((tmp_path / "runs" / "tiny" / "conditions").glob("clips-*"))) <= 4
 
-    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
     [experiment] = [e for e in client.search_experiments() if e.name == "raydmd"]
     found = client.search_runs([experiment.experiment_id])
     parents = [r for r in found if MLFLOW_PARENT_RUN_ID not in r.data.tags]
@@ -116,6 +119,12 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         for key in ("cycle", "evaluation/frechet"):
             steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
             assert len(steps) == len(set(steps)), (run.info.run_name, key, steps)
+
+    best = min(finished, key=lambda row: row["values"]["frechet"])["trial"]
+    registered = client.get_model_version_by_alias("tiny", "best")
+    assert client.get_run(registered.run_id).data.tags["raydmd.trial"] == f"{best:04d}"
+    packed = Path(unquote(urlparse(client.get_model_version_download_uri("tiny", registered.version)).path))
+    assert next(packed.rglob("pipeline/model_index.json")).is_file()
 
     done = command(tmp_path, "run", "s.yaml", "--cluster", "here")
     out, _ = done.communicate(timeout=60)

@@ -1,0 +1,94 @@
+"""A student as a model of MLflow: in the registry, under an alias, for ``mlflow.pyfunc`` and for diffusers alike."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.pyfunc.model import PythonModel
+from mlflow.tracking import MlflowClient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+BEST = "best"
+"""Alias of a sweep's best student."""
+PIPELINE, HOW = "pipeline", "how"
+
+
+class StudentModel(PythonModel):
+    """Prompts in, pictures or clips out: ``(F, H, W, 3)`` each, in [0, 1], by the stock pipeline in the artifacts."""
+
+    def load_context(self, context: Any) -> None:
+        """See :class:`mlflow.pyfunc.PythonModel`."""
+        from diffusers import DiffusionPipeline
+
+        self._how = json.loads(Path(context.artifacts[HOW]).read_text(encoding="utf-8"))
+        absent = dict.fromkeys(self._how["absent"])
+        self._pipeline = DiffusionPipeline.from_pretrained(context.artifacts[PIPELINE], **absent)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Sample the column ``prompt``; ``params`` are ``seed``, and whatever else the pipeline takes."""
+        import torch
+
+        del context
+        options = {**self._how["call"], **(params or {})}
+        seed = int(options.pop("seed", 0))
+        found = []
+        for i, prompt in enumerate(model_input["prompt"]):
+            generator = torch.Generator().manual_seed(seed + i)
+            made = self._pipeline(prompt=str(prompt), generator=generator, output_type="np", **options)
+            frames = made.frames if hasattr(made, "frames") else made.images[:, None]
+            found.append(frames[0])
+        return found
+
+
+def register(uri: str, run_id: str, name: str, pipeline: Path, how: Mapping[str, Any]) -> str:
+    """Put a student into the registry and point the alias at it, unless it is there already.
+
+    Args:
+        uri: of the tracking server.
+        run_id: of the run that made it.
+        name: of the registered model.
+        pipeline: the student's folder, as diffusers reads it.
+        how: ``call``, what the pipeline is called with beside a prompt, and ``absent``, its parts that are not there.
+
+    Returns:
+        The version.
+    """
+    client = MlflowClient(uri, registry_uri=uri)
+    versions = client.search_model_versions(f"name='{name}'")
+    for version in versions:
+        if version.run_id == run_id:
+            client.set_registered_model_alias(name, BEST, version.version)
+            return str(version.version)
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        with tempfile.TemporaryDirectory(prefix="raydmd-") as folder, mlflow.start_run(run_id=run_id):
+            file = Path(folder) / "how.json"
+            file.write_text(json.dumps(dict(how)), encoding="utf-8")
+            logged = mlflow.pyfunc.log_model(
+                name="student",
+                python_model=StudentModel(),
+                artifacts={PIPELINE: str(pipeline), HOW: str(file)},
+                registered_model_name=name,
+                pip_requirements=["raydmd", "diffusers", "torch", "transformers"],
+            )
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+    made = str(logged.registered_model_version)
+    client.set_registered_model_alias(name, BEST, made)
+    return made
