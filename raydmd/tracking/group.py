@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,10 @@ class Group:
                     client.log_param(made, key, value[:6000])
                 return made
 
-            group = cls(client, keep("mlflow", make), name)
+            # Of this tracking server: clusters may each have their own.
+            group = cls(
+                client, keep(f"mlflow {hashlib.blake2b(str(uri).encode(), digest_size=5).hexdigest()}", make), name
+            )
             client.set_terminated(group.run_id, status="RUNNING")
         except (MlflowException, OSError) as error:
             raise InputError(f"tracking.uri {uri}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,13 @@ from mlflow.tracking import MlflowClient
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
 BEST = "best"
 """Alias of a sweep's best student."""
 PIPELINE, HOW = "pipeline", "how"
 
 
 class StudentModel(PythonModel):
-    """Prompts in, pictures or clips out: ``(F, H, W, 3)`` each, in [0, 1], by the stock pipeline in the artifacts."""
+    """Prompts in, pictures or clips out: arrays ``(F, H, W, 3)`` in [0, 1], by the stock pipeline in the artifacts."""
 
     def load_context(self, context: Any) -> None:
         """See :class:`mlflow.pyfunc.PythonModel`."""
@@ -35,17 +32,15 @@ class StudentModel(PythonModel):
         self._pipeline = DiffusionPipeline.from_pretrained(context.artifacts[PIPELINE], **absent)
         self._pipeline.set_progress_bar_config(disable=True)
 
-    def predict(
-        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> list[NDArray[np.float32]]:
-        """Sample the column ``prompt``; ``params`` are ``seed``, and whatever else the pipeline takes."""
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[Any]:
+        """Sample prompts; ``params`` are ``seed``, and whatever else the pipeline takes."""
         import torch
 
         del context
         options = {**self._how["call"], **(params or {})}
         seed = int(options.pop("seed", 0))
         found = []
-        for i, prompt in enumerate(model_input["prompt"]):
+        for i, prompt in enumerate(model_input):
             generator = torch.Generator().manual_seed(seed + i)
             made = self._pipeline(prompt=str(prompt), generator=generator, output_type="np", **options)
             frames = made.frames if hasattr(made, "frames") else made.images[:, None]
@@ -72,6 +67,7 @@ def register(uri: str, run_id: str, name: str, pipeline: Path, how: Mapping[str,
         if version.run_id == run_id:
             client.set_registered_model_alias(name, BEST, version.version)
             return str(version.version)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
