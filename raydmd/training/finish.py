@@ -22,6 +22,7 @@ from raydmd.training.clips import ALL, Asked, Sampler, ask, decoded, draw_here, 
 from raydmd.training.events import read_lines
 from raydmd.training.export import PIPELINE, add_results, export, load_student, lower, readable, solver, student_experts
 from raydmd.training.plan import CyclePlan
+from raydmd.training.students import EVALUATION
 from raydmd.zoo.judge import AttributeJudge
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
     from raydmd.serving.order import ClientSpec
 
-EVALUATION = "evaluation/"
-"""Before the names of a student's figures."""
 CONTACT = "contact.safetensors"
 """Noise and frames of the contact sheet's student rows, so that anyone can make them again."""
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from raydmd.training.events import read_from
 from raydmd.training.monitor import RAISED
+from raydmd.training.students import EVALUATION, EVALUATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,12 +63,12 @@ class Follower:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, tracker: Tracker, console: Console | None = None) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path, self._evaluations = folder / "metrics.jsonl", folder / EVALUATIONS
         self._recipe = recipe
         self._tracker = tracker
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         # From the first row, though most may be from before a resume: the tracker knows what it has.
-        self._offset = 0
+        self._offset = self._evaluated = 0
         self._start = time.time()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="raydmd-follow", daemon=True)
@@ -99,8 +100,9 @@ class Follower:
             self._read(live)
 
     def _read(self, live: Live | None) -> None:
-        before = self._offset
-        rows, self._offset = read_from(self._path, before)
+        before = self._offset, self._evaluated
+        rows, self._offset = read_from(self._path, self._offset)
+        evaluations, self._evaluated = read_from(self._evaluations, self._evaluated)
         shown = [r for r in rows if "fake/loss" in r and r["time"] >= self._start]
         for row in shown:
             if self._rates and row["cycle"] < self._rates[-1][1]:  # rolled back
@@ -115,9 +117,12 @@ class Follower:
                 self._console.print(line)
         try:
             self._tracker.log([{k: v for k, v in r.items() if k != "time"} for r in rows])
+            for row in evaluations:
+                figures = {k: float(v) for k, v in row.items() if k.startswith(EVALUATION)}
+                self._tracker.figures(figures, step=int(row["cycle"]))
         except Exception as error:  # the rows are kept in the file; the next reading tries again
             self._console.print(f"tracking: {type(error).__name__}: {error}; will try again")
-            self._offset = before
+            self._offset, self._evaluated = before
             self._done.wait(5.0)
 
 

@@ -1,7 +1,7 @@
 """Evaluations while a run trains: the worker leaves its student in the run's folder, the driver has it measured.
 
 Training does not wait for them. Each is a task of its own, one at a time; what it found is a line of
-``evaluations.jsonl``, which outlives the attempt.
+``evaluations.jsonl``, which outlives the attempt, and which the follower hands to MLflow as it does metrics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raydmd.errors import RunFailed
 from raydmd.serving.order import ANYWHERE
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
-from raydmd.training.students import STUDENTS
+from raydmd.training.students import EVALUATIONS, STUDENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.order import ClientSpec
-    from raydmd.tracking.tracker import Tracker
-
-EVALUATIONS = "evaluations.jsonl"
 
 
 class Interim:
@@ -38,7 +35,6 @@ class Interim:
         recipe: the run.
         prompts: the training prompts.
         pool: of the teacher, as far as the evaluation asks it.
-        tracker: where figures go.
         tell: is called with the figures of each evaluation, those of earlier attempts first.
     """
 
@@ -47,13 +43,13 @@ class Interim:
         recipe: Recipe,
         prompts: list[str],
         pool: ClientSpec | None,
-        tracker: Tracker,
         tell: Callable[[dict[str, float]], None],
     ) -> None:
-        self._recipe, self._prompts, self._pool, self._tracker, self._tell = recipe, prompts, pool, tracker, tell
+        self._recipe, self._prompts, self._pool, self._tell = recipe, prompts, pool, tell
         self._file = recipe.folder / EVALUATIONS
         self._started = False
         self._done: set[str] = set()
+        self._failed: set[str] = set()
         self._running: tuple[Path, Any] | None = None
 
     def look(self) -> None:
@@ -92,19 +88,19 @@ class Interim:
         for folder in sorted((self._recipe.folder / STUDENTS).glob("cycle-*")):
             if folder.name in self._done:  # a resumed worker has come past it again
                 shutil.rmtree(folder, ignore_errors=True)
-            elif folder.suffix != ".partial":
+            elif folder.suffix != ".partial" and folder.name not in self._failed:
                 yield folder
 
     def _collect(self, folder: Path, reference: Any) -> None:
-        self._done.add(folder.name)
         cycle = float(cycle_of(folder.name))
         try:
             figures: dict[str, float] = ray.get(reference)
-        except (RayError, RunFailed) as error:  # training is none the worse for it, and the last one will be made
+        except RayError as error:  # training is none the worse for it; the next attempt of the run tries again
+            self._failed.add(folder.name)
             print(f"the evaluation of cycle {cycle:g} failed: {str(error).strip().splitlines()[-1]}", flush=True)
             return
+        self._done.add(folder.name)
         row = {"cycle": cycle, **figures}
-        self._tracker.figures(figures, step=int(cycle))
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"student": folder.name, **row}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

@@ -189,7 +189,7 @@ def conduct(
             remote = recipe.placement.teacher == "remote" and (at_pool(recipe, family) or not trained(folder))
             pool = stack.enter_context(teacher_pool(recipe, family, conditions, largest)) if remote else None
             asked = pool.client_spec() if pool and at_pool(recipe, family) else None
-            interim = Interim(recipe, prompts, asked, tracker, around.tell)
+            interim = Interim(recipe, prompts, asked, around.tell)
             # A run that was trained but not evaluated goes on from there.
             checkpoint = trained(folder) or train(
                 recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, real, pairs
@@ -291,8 +291,8 @@ def train(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
                 f"Its last checkpoint is kept; the same command resumes. Log: {events}"
             ) from error
-        follower.close()
         interim.finish()
+        follower.close()
         news = list(read_lines(events))[seen:]
     return outcome(recipe, news, result)
 

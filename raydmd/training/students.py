@@ -6,16 +6,29 @@ import shutil
 from typing import TYPE_CHECKING
 
 from raydmd.errors import RunFailed
-from raydmd.training.checkpoint import STUDENT
+from raydmd.training.checkpoint import STUDENT, name_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from raydmd.recipe import Recipe
     from raydmd.training.cycle import Agree
     from raydmd.training.roles import TrainedRole
 
 STUDENTS = "students"
 """Folder of a run with the students that are to be evaluated."""
+EVALUATIONS = "evaluations.jsonl"
+"""File of a run with what they measured, a line each."""
+EVALUATION = "evaluation/"
+"""Before the names of a student's figures."""
+
+
+def due(recipe: Recipe, cycle: int, attempt: int) -> Path | None:
+    """Where a run's student is left for an evaluation after ``cycle`` cycles and ``attempt`` rollbacks, if it is."""
+    every = recipe.evaluation.every
+    if not every or cycle % every or cycle >= recipe.training.cycles:
+        return None
+    return recipe.folder / STUDENTS / name_of(cycle, attempt)
 
 
 def write_student(student: TrainedRole, folder: Path, *, rank: int, agree: Agree, average: bool = False) -> None:

@@ -25,7 +25,7 @@ from raydmd.training.plan import CyclePlan
 from raydmd.training.ranks import Ranks
 from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
-from raydmd.training.students import STUDENTS, write_student
+from raydmd.training.students import due, write_student
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -180,9 +180,7 @@ class Worker:
             actors = replace(actors, fake_updates=now.measures.fake_updates, reference=now.reference)
             for key, value in metrics.items():
                 seen.setdefault(key, []).append(value)
-            every = self.recipe.evaluation.every
-            if every and self.cycle % every == 0 and self.cycle < self.plan.cycles:
-                folder = self.recipe.folder / STUDENTS / checkpoint.name_of(self.cycle, self.watch.measures.attempt)
+            if folder := due(self.recipe, self.cycle, self.watch.measures.attempt):
                 write_student(self.student, folder, rank=self.session.rank, agree=self._ranks.agree, average=True)
             stop = self._stopping()
             save = self.cycle % training.checkpoint_every == 0 or stop

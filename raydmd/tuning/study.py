@@ -7,6 +7,7 @@ number's folder, so that its run goes on from its last checkpoint where the next
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from raydmd.errors import InputError, RunFailed
+from raydmd.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -165,21 +166,16 @@ class Study:
 
     def note(self, number: int, cycle: int, figures: Mapping[str, float], *, gpu_seconds: float = 0.0) -> None:
         """Keep what an evaluation of a trial has found."""
-        trial_id = self._mine[number]
         found = {k: float(figures[k]) for k in self.spec.objectives if k in figures}
-        self._storage.set_trial_user_attr(trial_id, f"{AT}{cycle}", found)
-        self._storage.set_trial_user_attr(trial_id, SECONDS, gpu_seconds)
+        with contextlib.suppress(UpdateFinishedTrialError):  # it was taken for lost: then another has it
+            self._storage.set_trial_user_attr(self._mine[number], f"{AT}{cycle}", found)
+            self._storage.set_trial_user_attr(self._mine[number], SECONDS, gpu_seconds)
 
     def finished(self, number: int, figures: Mapping[str, float]) -> None:
-        """Tell a trial's end.
-
-        Raises:
-            RunFailed: if it reports no figure of an objective.
-        """
-        missing = [k for k in self.spec.objectives if k not in figures]
-        if missing:
+        """Tell a trial's end; one that has no figure of an objective has failed."""
+        if missing := [k for k in self.spec.objectives if k not in figures]:
             self.failed(number, f"its evaluation has no {', '.join(missing)}")
-            raise RunFailed(f"trial {number} has no figure {', '.join(missing)}; it has {', '.join(sorted(figures))}")
+            return
         self._tell(number, TrialState.COMPLETE, [float(figures[k]) for k in self.spec.objectives])
 
     def stopped_early(self, number: int) -> None:
@@ -232,7 +228,7 @@ class Study:
         with contextlib.suppress(UpdateFinishedTrialError):
             if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
                 with quiet():
-                    RetryHeartbeatStaleTrialCallback(None)(self._study, trial)
+                    RetryHeartbeatStaleTrialCallback(None)(self._study, copy.deepcopy(trial))  # it writes to it
 
     def _tell(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
         # Told already, if it was taken for lost meanwhile: then another has it.

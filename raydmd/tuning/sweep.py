@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -224,10 +225,10 @@ def shared(prepared: Prepared, stop: Path) -> Iterator[Pool | None]:
     recipe, family = prepared.recipe, prepared.family
     assert recipe.data.cache is not None
     conditions = encode(recipe, family, prepared.prompts, recipe.data.cache, stop)
-    if recipe.placement.teacher != "remote" or not at_pool(recipe, family):
+    if not at_pool(recipe, family):  # no pool, or one that a trial's evaluation must see go
         yield None
         return
-    largest = max(training_latents(family, recipe.data))
+    largest = max(training_latents(family, recipe.data), key=math.prod)
     with teacher_pool(recipe, family, conditions, largest, holder=f"sweep-{recipe.output.parent.name}") as pool:
         yield pool
 

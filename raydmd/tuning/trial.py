@@ -16,9 +16,9 @@ from ray import tune
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
 from raydmd.training.cluster import settle
-from raydmd.training.finish import EVALUATION
 from raydmd.training.folder import finished, locked, same_run
 from raydmd.training.run import Surroundings, conduct, prepare
+from raydmd.training.students import EVALUATION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +90,7 @@ class RunTrial(tune.Trainable):
         self._recipe = derive(common.base, {**config["changes"], "name": name})
         self._tags = {**common.tags, "raydmd.trial": name}
         self._stop = self._recipe.folder / "STOP"
+        self._stop.unlink(missing_ok=True)  # an earlier attempt's; from here on it is this one's
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
         self._thread.start()
@@ -102,7 +103,6 @@ class RunTrial(tune.Trainable):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                self._stop.unlink(missing_ok=True)
                 conduct(prepared, self._stop, surroundings=Surroundings(tags=self._tags, tell=self._tell))
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
             self._fail(str(error))

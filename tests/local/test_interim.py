@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from ray.exceptions import RayError
 from safetensors.torch import load_file
 
 from raydmd.models import load_family
@@ -14,8 +15,9 @@ from raydmd.recipe import derive
 from raydmd.training import interim as interims
 from raydmd.training.export import load_student
 from raydmd.training.finish import interim_figures
-from raydmd.training.interim import EVALUATIONS, Interim
-from raydmd.training.students import STUDENTS
+from raydmd.training.follow import Follower
+from raydmd.training.interim import Interim
+from raydmd.training.students import EVALUATIONS, STUDENTS
 from tests.local.test_worker import PROMPTS, recipe, work
 from tests.pipelines import wan_pipeline
 
@@ -63,16 +65,6 @@ def test_it_is_the_average_that_is_left(pipeline: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(v, role.parameters[f"{file.stem}.{n}"]) for n, v in saved.items())
 
 
-class Ledger:
-    """What a tracker was given."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def figures(self, figures: dict[str, float], *, step: int) -> None:
-        self.rows.append((step, figures))
-
-
 class Immediate:
     """Stands for a Ray task; its references are what it returns."""
 
@@ -94,18 +86,69 @@ def test_each_student_is_measured_once_and_a_restart_tells_again(
     monkeypatch.setattr(interims.ray, "get", lambda ref: ref)
     monkeypatch.setattr(Interim, "_task", lambda _: Immediate(found))
     told: list[dict[str, float]] = []
-    ledger = Ledger()
-    Interim(r, PROMPTS, None, ledger, told.append).finish()  # type: ignore[arg-type]
+    Interim(r, PROMPTS, None, told.append).finish()
     expected = [{"cycle": 2.0, "evaluation/flow": 1.0}, {"cycle": 4.0, "evaluation/flow": 2.0}]
     assert told == expected
-    assert [step for step, _ in ledger.rows] == [2, 4]
     assert [f.name for f in (r.folder / STUDENTS).iterdir()] == ["cycle-00000006.partial"]
 
     (r.folder / STUDENTS / "cycle-00000004").mkdir()  # a resumed worker comes past it again
     again: list[dict[str, float]] = []
-    Interim(r, PROMPTS, None, ledger, again.append).finish()  # type: ignore[arg-type]
+    Interim(r, PROMPTS, None, again.append).finish()
     assert again == expected
     assert not (r.folder / STUDENTS / "cycle-00000004").exists()
-    assert [step for step, _ in ledger.rows] == [2, 4]
     lines = (r.folder / EVALUATIONS).read_text().splitlines()
     assert [json.loads(line)["cycle"] for line in lines] == [2.0, 4.0]
+
+
+def test_one_that_fails_stays_for_the_next_attempt(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = derive(recipe(pipeline, tmp_path), {"evaluation.every": 2})
+    folder = r.folder / STUDENTS / "cycle-00000002"
+    folder.mkdir(parents=True)
+
+    def fail(_: Any) -> None:
+        raise RayError("out of memory")
+
+    monkeypatch.setattr(interims.ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(interims.ray, "get", fail)
+    monkeypatch.setattr(Interim, "_task", lambda _: Immediate({folder.name: {}}))
+    told: list[dict[str, float]] = []
+    Interim(r, PROMPTS, None, told.append).finish()
+    assert told == []
+    assert folder.exists()
+    assert "cycle 2 failed: out of memory" in capsys.readouterr().out
+
+
+class Flaky:
+    """A tracker whose server is away at first."""
+
+    def __init__(self) -> None:
+        self.away = True
+        self.given: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        pass
+
+    def figures(self, figures: dict[str, float], *, step: int) -> None:
+        if self.away:
+            raise ConnectionError("nobody there")
+        self.given.append((step, figures))
+
+
+def test_a_tracking_server_that_is_away_costs_no_evaluation(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = recipe(pipeline, tmp_path)
+    r.folder.mkdir(parents=True)
+    row = {"student": "cycle-00000002", "cycle": 2.0, "evaluation/flow": 1.0}
+    (r.folder / EVALUATIONS).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    tracker = Flaky()
+    follower = Follower(r.folder, r, tracker)  # type: ignore[arg-type]
+    monkeypatch.setattr(follower._done, "wait", lambda _: None)
+    follower._read(None)
+    assert tracker.given == []
+    tracker.away = False
+    follower._read(None)
+    follower._read(None)
+    assert tracker.given == [(2, {"evaluation/flow": 1.0})]

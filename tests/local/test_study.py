@@ -132,9 +132,20 @@ def test_a_late_teller_does_not_count_twice(tmp_path: Path) -> None:
     other.give_back()
     taken = other.claim()
     assert taken
-    slow.finished(claim.number, figures(9.0))  # its trial was given away meanwhile
+    slow.note(claim.number, 10, figures(9.0))  # its trial was given away meanwhile
+    slow.finished(claim.number, figures(9.0))
     other.finished(taken.number, figures(1.0))
     assert [row.values.get("frechet") for row in other.rows() if row.values] == [1.0]
+
+
+def test_a_trial_without_a_figure_has_failed_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    study = Study(spec(), Recipe(), url(tmp_path), "c")
+    claim = study.claim()
+    assert claim
+    study.finished(claim.number, {"frechet": 1.0})
+    [row] = study.rows()
+    assert (row.state, row.error) == ("failed", "its evaluation has no joint")
+    assert study.claim()
 
 
 def test_another_sweep_under_the_same_name_is_refused(tmp_path: Path) -> None:

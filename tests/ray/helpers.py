@@ -58,8 +58,11 @@ ROUTING = Routing(("high", "low"), (0.875,))
 
 
 @contextmanager
-def own_cluster(threads: int = 1) -> Iterator[None]:
-    """A Ray of the test's own, whose processes find this folder's modules and use as many threads as this one."""
+def own_cluster(threads: int = 1, *, deterministic: bool = False) -> Iterator[None]:
+    """A Ray of the test's own, whose processes find this folder's modules and use as many threads as this one.
+
+    ``deterministic`` is for this process; a pool's replicas go by their recipe.
+    """
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parents[1])])
     ray.init(
@@ -72,9 +75,11 @@ def own_cluster(threads: int = 1) -> Iterator[None]:
     )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_num_threads(before)
         ray.shutdown()
 

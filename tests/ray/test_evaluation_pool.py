@@ -25,10 +25,8 @@ TEXTS = ["a red disc moves right", "a blue square moves up", "a red disc moves r
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with helpers.own_cluster():
-        torch.use_deterministic_algorithms(True)
+    with helpers.own_cluster(deterministic=True):
         yield
-        torch.use_deterministic_algorithms(False)
 
 
 def recipe(output: Path) -> Recipe:

@@ -35,10 +35,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with helpers.own_cluster():
-        torch.use_deterministic_algorithms(True)
+    with helpers.own_cluster(deterministic=True):
         yield
-        torch.use_deterministic_algorithms(False)
 
 
 def requests(family: Family) -> list[Request]:
