@@ -25,6 +25,7 @@ class StudySearch(Searcher):
     Attributes:
         claims: under way here, by Tune's name of the trial.
         roots: of all that were ever claimed here.
+        robbed: Tune's names of trials that were taken for lost, and are another cluster's now.
         why: no more are claimed; empty while they are.
     """
 
@@ -33,6 +34,7 @@ class StudySearch(Searcher):
         self._study, self._common = study, common
         self.claims: dict[str, Claim] = {}
         self.roots: set[int] = set()
+        self.robbed: set[str] = set()
         self.why = ""
         self._asked = 0.0
 
@@ -60,7 +62,9 @@ class StudySearch(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep an evaluation."""
         if (claim := self.claims.get(trial_id)) and "error" not in result:
-            self._study.note(claim.number, int(result["cycle"]), result, gpu_seconds=float(result["gpu_seconds"]))
+            cycle, seconds = int(result["cycle"]), float(result["gpu_seconds"])
+            if not self._study.note(claim.number, cycle, result, gpu_seconds=seconds):
+                self.robbed.add(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from raydmd.errors import InputError
+from raydmd.tuning.storage import GRACE, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
     from raydmd.tuning.spec import Sweep
 
-BEAT = 10
-"""Seconds between signs of life of a running trial."""
-GRACE = 60
-"""Seconds of silence after which a trial is taken for lost."""
-RETRIES = 5
-"""Times that a trial may be lost."""
 READY = 60.0
 """Seconds that another cluster may take to set up the study it has just made."""
 AT = "at "
@@ -98,6 +92,9 @@ class Study:
         url: of the storage.
         cluster: who claims.
 
+    Attributes:
+        patience: with the storage.
+
     Raises:
         InputError: if the storage can't be used, or its study of this name is another sweep's.
     """
@@ -105,6 +102,7 @@ class Study:
     def __init__(self, spec: Sweep, base: Recipe, url: str, cluster: str) -> None:
         self.spec, self._base, self._cluster, self._url = spec, base, cluster, url
         self._mine: dict[int, int] = {}
+        self.patience = Patience(url)
         facts, storage = spec.facts(base), storage_of(url)
         goals = [DIRECTIONS[goal] for goal in spec.objectives.values()]
         try:
@@ -119,9 +117,10 @@ class Study:
             self._study = optuna.load_study(study_name=spec.name, storage=storage, sampler=RandomSampler())
             self._agrees(facts)
         except SQLAlchemyError as error:
-            raise InputError(f"the study's storage {shown(url)} can't be used: {_first(error)}") from None
+            raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
         self._storage = storage
 
+    @patiently
     def claim(self) -> Claim | None:
         """A trial to run; ``None`` if there is none now."""
         self._rescue()
@@ -148,10 +147,12 @@ class Study:
         """Trials in all."""
         return self.spec.budget.trials
 
+    @patiently
     def taken(self) -> int:
         """Trials that are settled, run or wait."""
         return sum(counts(t) for t in self._trials())
 
+    @patiently
     def over(self) -> bool:
         """Whether nothing is left to run, here or elsewhere."""
         states = [t.state for t in self._trials()]
@@ -159,18 +160,28 @@ class Study:
         return not busy and (self.spec.search.kind == "grid" or self.taken() >= self.budget)
 
     def beat(self) -> None:
-        """Say that this cluster's trials are alive."""
-        for trial_id in list(self._mine.values()):
-            with contextlib.suppress(UpdateFinishedTrialError):
-                self._storage.record_heartbeat(trial_id)
+        """Say that this cluster's trials are alive, if the storage is there."""
+        try:
+            for trial_id in list(self._mine.values()):
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    self._storage.record_heartbeat(trial_id)
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if not is_outage(error):
+                raise
+            self.patience.missed(error)
 
-    def note(self, number: int, cycle: int, figures: Mapping[str, float], *, gpu_seconds: float = 0.0) -> None:
-        """Keep what an evaluation of a trial has found."""
+    @patiently
+    def note(self, number: int, cycle: int, figures: Mapping[str, float], *, gpu_seconds: float = 0.0) -> bool:
+        """Keep what an evaluation of a trial has found; whether the trial is still this cluster's."""
         found = {k: float(figures[k]) for k in self.spec.objectives if k in figures}
-        with contextlib.suppress(UpdateFinishedTrialError):  # it was taken for lost: then another has it
+        try:
             self._storage.set_trial_user_attr(self._mine[number], f"{AT}{cycle}", found)
             self._storage.set_trial_user_attr(self._mine[number], SECONDS, gpu_seconds)
+        except UpdateFinishedTrialError:  # it was taken for lost
+            return False
+        return True
 
+    @patiently
     def finished(self, number: int, figures: Mapping[str, float]) -> None:
         """Tell a trial's end; one that has no figure of an objective has failed."""
         if missing := [k for k in self.spec.objectives if k not in figures]:
@@ -178,16 +189,19 @@ class Study:
             return
         self._tell(number, TrialState.COMPLETE, [float(figures[k]) for k in self.spec.objectives])
 
+    @patiently
     def stopped_early(self, number: int) -> None:
         """Tell that a trial was not worth going on with."""
         self._tell(number, TrialState.PRUNED)
 
+    @patiently
     def failed(self, number: int, why: str) -> None:
         """Tell that a trial's run failed; it is not tried again."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(self._mine[number], ERROR, why)
         self._tell(number, TrialState.FAIL)
 
+    @patiently
     def give_back(self) -> int:
         """Let others, or the next command, go on with this cluster's trials; returns how many there were.
 
@@ -199,14 +213,17 @@ class Study:
         self._mine.clear()
         return len(mine)
 
+    @patiently
     def rows(self) -> list[Row]:
         """All trials, in order."""
         return [row_of(t, list(self.spec.objectives)) for t in self._trials()]
 
+    @patiently
     def gpu_hours(self) -> float:
         """Of all clusters' trials so far."""
         return sum(float(t.user_attrs.get(SECONDS, 0.0)) for t in self._trials()) / 3600
 
+    @patiently
     def attribute(self, name: str, make: Any = None) -> Any:
         """What all clusters share, made by the first."""
         found = self._study.user_attrs
@@ -216,6 +233,8 @@ class Study:
 
     def _rescue(self) -> None:
         """Give back what dead clusters have left."""
+        if time.monotonic() - self.patience.since < GRACE:
+            return  # after an outage others need time for a sign of life, as this cluster does
         with quiet():
             fail_stale_trials(self._study)
         for trial in self._trials():
@@ -266,26 +285,6 @@ class Study:
         return RandomSampler(seed=seed)
 
 
-def storage_of(url: str) -> RDBStorage:
-    """Optuna's storage, with signs of life.
-
-    Raises:
-        InputError: if it can't be reached.
-    """
-    try:
-        with quiet():
-            callback = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-            return RDBStorage(
-                url,
-                heartbeat_interval=BEAT,
-                grace_period=GRACE,
-                heartbeat_stale_trial_callback=callback,
-                engine_kwargs={"pool_pre_ping": True},
-            )
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise InputError(f"the study's storage {shown(url)} can't be used: {_first(error)}") from None
-
-
 def rows_of(spec: Sweep, url: str) -> list[Row]:
     """The trials of a study that somebody else runs.
 
@@ -333,29 +332,7 @@ def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
     )
 
 
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Optuna's log is not a run's; what is experimental in it is tested here."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        # Signs of life are given by this module.
-        warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        yield
-
-
-def shown(url: str) -> str:
-    """A storage's address without its password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://...@{tail}" if at else url
-
-
 def _different(a: Any, b: Any, key: str = "") -> set[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         return {k for name in a.keys() | b.keys() for k in _different(a.get(name), b.get(name), f"{key}.{name}")}
     return set() if a == b else {key.removeprefix(".")}
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

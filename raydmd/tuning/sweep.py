@@ -30,7 +30,8 @@ from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
-from raydmd.tuning.study import BEAT, Study, shown
+from raydmd.tuning.storage import BEAT, shown
+from raydmd.tuning.study import Study
 from raydmd.tuning.trial import Common, RunTrial
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
     prepared = check(spec, base)
     with locked(folder / "clusters" / cluster):
         study = Study(spec, base, storage_url(spec, folder), cluster)
+        stop = folder / "clusters" / cluster / "STOP"
+        study.patience.hurried = stop.exists
         if left := study.give_back():
             print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
         if study.over():
@@ -76,7 +79,6 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
             return DONE
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
         connect()
-        stop = folder / "clusters" / cluster / "STOP"
         stop.unlink(missing_ok=True)
         try:
             check_room(base, living_nodes())
@@ -173,7 +175,7 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
         run_config=tune.RunConfig(
             name=f"{stop.parent.name}-{int(time.time())}",
             storage_path=str(folder / "tune"),
-            stop=StopFile(stop),
+            stop=Stops(stop, search),
             verbose=0,
         ),
     )
@@ -251,20 +253,21 @@ def beating(study: Study) -> Iterator[None]:
         thread.join(timeout=BEAT)
 
 
-class StopFile(tune.Stopper):
-    """Ends all trials once a file is there.
+class Stops(tune.Stopper):
+    """Ends all trials once a file is there, and one alone that is another cluster's now.
 
     Args:
         file: whose coming is waited for.
+        search: knows whose a trial is.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, search: StudySearch) -> None:
+        self._file, self._search = file, search
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial by itself."""
-        del trial_id, result
-        return False
+        """See :class:`ray.tune.Stopper`."""
+        del result
+        return trial_id in self._search.robbed
 
     def stop_all(self) -> bool:
         """See :class:`ray.tune.Stopper`."""

@@ -67,7 +67,8 @@ def rows(folder: Path, storage: str) -> list[dict[str, Any]]:
 
 def test_the_survivor_finishes_the_budget(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
-    with postgres.server() as storage:
+    with postgres.server() as database:
+        storage = database.address
         doomed = start(tmp_path, "doomed", storage)
         metrics = tmp_path / "doomed" / "shared" / "trials" / "0000" / "metrics.jsonl"
         deadline = time.monotonic() + 300

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from raydmd.errors import InputError
+from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe, derive
+from raydmd.tuning import storage as storages
 from raydmd.tuning import study as studies
 from raydmd.tuning.show import as_json, best_of, front, progress, table
 from raydmd.tuning.spec import read_sweep
@@ -112,7 +113,8 @@ def test_a_dead_clusters_trial_is_given_back(tmp_path: Path, monkeypatch: pytest
     )
     assert dead.stdout.strip() == "0", dead.stderr
     monkeypatch.setattr(studies, "GRACE", 3)
-    monkeypatch.setattr(studies, "BEAT", 1)
+    monkeypatch.setattr(storages, "GRACE", 3)
+    monkeypatch.setattr(storages, "BEAT", 1)
     survivor = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "lives")
     assert survivor.claim() is None  # it may yet live
     assert not survivor.over()
@@ -132,7 +134,8 @@ def test_a_late_teller_does_not_count_twice(tmp_path: Path) -> None:
     other.give_back()
     taken = other.claim()
     assert taken
-    slow.note(claim.number, 10, figures(9.0))  # its trial was given away meanwhile
+    assert not slow.note(claim.number, 10, figures(9.0))  # its trial was given away meanwhile
+    assert other.note(taken.number, 10, figures(1.0))
     slow.finished(claim.number, figures(9.0))
     other.finished(taken.number, figures(1.0))
     assert [row.values.get("frechet") for row in other.rows() if row.values] == [1.0]
@@ -210,8 +213,8 @@ while claim := study.claim():
 
 
 def test_processes_share_a_study_in_postgresql_and_no_trial_is_run_twice() -> None:
-    with postgres.server() as address:
-        driver = address.replace("postgresql://", "postgresql+psycopg://")
+    with postgres.server() as database:
+        driver = database.address.replace("postgresql://", "postgresql+psycopg://")
         env = {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}:{HERE.parent / 'ray'}", "PATH": "/usr/bin:/bin"}
         running = [
             subprocess.Popen(
@@ -230,3 +233,72 @@ def test_processes_share_a_study_in_postgresql_and_no_trial_is_run_twice() -> No
         rows = rows_of(spec(budget={"trials": 30}), driver)
         assert sum(row.state == "finished" for row in rows) == 30
         assert len({row.cluster for row in rows if row.values}) > 1
+
+
+def test_clusters_that_start_together_make_the_storage_once() -> None:
+    with postgres.server() as database, ThreadPoolExecutor(8) as at_once:
+        driver = database.address.replace("postgresql://", "postgresql+psycopg://")
+        studies_made = list(at_once.map(lambda k: Study(spec(), Recipe(), driver, f"c{k}"), range(8)))
+        claim = studies_made[0].claim()
+        assert claim
+        assert [len(study.rows()) for study in studies_made] == [1] * 8
+
+
+def test_a_database_that_is_restarted_costs_a_sweep_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with postgres.server() as database:
+        study = Study(spec(), Recipe(), database.address.replace("postgresql://", "postgresql+psycopg://"), "c")
+        claim = study.claim()
+        assert claim
+        study.note(claim.number, 10, figures(3.0))
+        database.stop()
+        study.beat()  # does not wait
+        with ThreadPoolExecutor(1) as meanwhile:
+            noted = meanwhile.submit(study.note, claim.number, 20, figures(2.0))
+            time.sleep(2)
+            assert not noted.done()
+            database.start()
+            noted.result(timeout=30)
+        study.finished(claim.number, figures(1.0))
+        [row] = study.rows()
+        assert row.at == {10: {"frechet": 3.0, "joint": 0.3}, 20: {"frechet": 2.0, "joint": 0.2}}
+        assert row.state == "finished"
+        said = capsys.readouterr().out
+        assert said.count("is away") == said.count("is back") == 1
+
+
+def test_after_an_outage_others_have_time_for_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (studies, storages):
+        monkeypatch.setattr(module, "GRACE", 4)
+    monkeypatch.setattr(storages, "BEAT", 1)
+    with postgres.server() as database:
+        driver = database.address.replace("postgresql://", "postgresql+psycopg://")
+        both = [Study(spec(budget={"trials": 2}), Recipe(), driver, name) for name in ("a", "b")]
+        assert all(study.claim() for study in both)
+        time.sleep(5)
+        database.stop()
+        both[1].beat()
+        database.start()
+        both[1].beat()
+        assert both[1].claim() is None  # silent for more than the grace, as everybody was
+        time.sleep(5)
+        both[1].beat()
+        taken = both[1].claim()
+        assert taken
+        assert taken.root == 0
+
+
+def test_a_database_that_stays_away_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgres.server() as database:
+        study = Study(spec(), Recipe(), database.address.replace("postgresql://", "postgresql+psycopg://"), "c")
+        database.stop()
+        try:
+            monkeypatch.setattr(storages, "AWAY", 1.0)
+            with pytest.raises(RunFailed, match="was away for .* The same command goes on"):
+                study.claim()
+            monkeypatch.setattr(storages, "AWAY", 600.0)
+            monkeypatch.setattr(storages, "HURRY", 0.0)
+            study.patience.hurried = lambda: True  # a signal has come
+            with pytest.raises(RunFailed, match="was away for"):
+                study.rows()
+        finally:
+            database.start()

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 USER = "postgres"
 
@@ -39,9 +40,24 @@ def _find() -> Path | None:
     return next((p for p in places if (p / "initdb").exists() and (p / "pg_ctl").exists()), None)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        address: of its database.
+        stop: end it at once, as a crash does.
+        start: it again, with what it has kept.
+    """
+
+    address: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """A server with an empty database; yields its address."""
+def server() -> Iterator[Server]:
+    """A server with an empty database."""
     bin_folder = binaries()
     # It does not run as root: where tests do, its own user has to own its files.
     who = {"user": USER, "group": USER} if os.geteuid() == 0 else {}
@@ -61,8 +77,16 @@ def server() -> Iterator[str]:
 
         call(str(bin_folder / "initdb"), "-D", str(data), "-U", "raydmd", "--auth=trust", "-E", "UTF8", "--no-sync")
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data} -c fsync=off"
-        call(str(bin_folder / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(data / "log"), "-w", "start")
+        control = (str(bin_folder / "pg_ctl"), "-D", str(data), "-w")
+
+        def start() -> None:
+            call(*control, "-o", options, "-l", str(data / "log"), "start")
+
+        def stop() -> None:
+            call(*control, "-m", "immediate", "stop")
+
+        start()
         try:
-            yield f"postgresql://raydmd@127.0.0.1:{port}/postgres"
+            yield Server(f"postgresql://raydmd@127.0.0.1:{port}/postgres", stop, start)
         finally:
-            call(str(bin_folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+            stop()
