@@ -293,7 +293,7 @@ def test_a_database_that_stays_away_ends_the_sweep(monkeypatch: pytest.MonkeyPat
         database.stop()
         try:
             monkeypatch.setattr(storages, "AWAY", 1.0)
-            with pytest.raises(RunFailed, match="was away for .* The same command goes on"):
+            with pytest.raises(RunFailed, match=r"was away for .* The same command goes on"):
                 study.claim()
             monkeypatch.setattr(storages, "AWAY", 600.0)
             monkeypatch.setattr(storages, "HURRY", 0.0)
