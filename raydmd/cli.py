@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     app.command("sample")(_sample)
     app.add_typer(sweep_commands(), name="sweep", help="Search over recipes.")
+    app.command("track")(_track)
     app.command("top")(_top)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
@@ -231,6 +232,23 @@ def _sample(
         return DONE
 
     raise typer.Exit(guard(make, None))
+
+
+def _track(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs or sweeps, e.g. runs/NAME.")],
+) -> None:
+    """Send to MLflow what runs could not, because its server was away."""
+
+    def hand_over() -> int:
+        from raydmd.training.tracked import send
+
+        for folder in folders:
+            trials = sorted(f.parent for f in folder.glob("trials/*/recipe.yaml"))
+            for run in trials or [folder]:
+                typer.echo(f"{run}: {'sent' if send(run) else 'MLflow has it all'}")
+        return DONE
+
+    raise typer.Exit(guard(hand_over, None))
 
 
 def _top(

@@ -6,108 +6,148 @@ while therefore costs nothing but time.
 
 from __future__ import annotations
 
+import json
 import os
-import time
+import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raydmd.errors import InputError
 
+# Runs try again by themselves: what would be refused at the start is refused within half a minute, not after four.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+
 if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
-STEP = "cycle"
-ATTEMPT = "monitor/attempt"
+STEP, TIME, ATTEMPT = "cycle", "time", "monitor/attempt"
+KEY = "raydmd.key"
+"""Tag by which a run's folder knows its MLflow run."""
+TAGS = "mlflow_tags.json"
+"""File of a run with that tag's value, and the other tags."""
+RUN_ID = "mlflow_run_id"
+"""File of a run with MLflow's name for it."""
 
 
 class Tracker:
-    """A run in MLflow.
+    """A run in MLflow: the one that this raydmd run had before, or a new one.
+
+    Nothing is asked of the server before the first writing, or :meth:`connect`. Every writing may be done again: what
+    is there already stays as it is, also after an answer that was lost.
 
     Args:
-        client: of the tracking server.
-        run_id: of the run.
+        recipe: the run.
+        tags: of a new one.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client = client
-        self.run_id = run_id
-        # After a rollback the same cycles come again, as another attempt.
-        attempts = [(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)]
-        cycles = [(0, m.step) for m in client.get_metric_history(run_id, STEP)]
-        self._logged = max([*attempts, *cycles], default=(0, -1))
+    def __init__(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
+        self._recipe, self._tags = recipe, dict(tags)
+        self.uri = recipe.tracking.uri or f"sqlite:///{recipe.output.expanduser().absolute() / 'mlflow.db'}"
+        self._open: tuple[MlflowClient, str] | None = None
+        self._opening = threading.Lock()
+        self._logged = (0, -1)
 
-    @classmethod
-    def open(cls, recipe: Recipe, tags: Mapping[str, str]) -> Tracker:
-        """Find the run that this raydmd run had before, or make it.
+    @property
+    def run_id(self) -> str:
+        """MLflow's."""
+        return self._run()[1]
+
+    def connect(self) -> None:
+        """See that the tracking server is there.
 
         Raises:
-            InputError: if the tracking server cannot be used.
+            InputError: if it can't be used.
         """
-        folder = recipe.folder
-        file = folder / "mlflow_run_id"
-        uri = recipe.tracking.uri or f"sqlite:///{recipe.output.expanduser().absolute() / 'mlflow.db'}"
         try:
-            client = MlflowClient(tracking_uri=uri)
-            if file.is_file():
-                run_id = file.read_text().strip()
-                client.set_terminated(run_id, status="RUNNING")
-                return cls(client, run_id)
-            run = client.create_run(experiment_of(client, recipe), run_name=recipe.name, tags=dict(tags))
+            self._run()
         except (MlflowException, OSError) as error:
-            raise InputError(f"tracking.uri {uri}: {error}") from error
-        run_id = run.info.run_id
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(run_id)
-        partial.replace(file)
-        tracker = cls(client, run_id)
-        params = [Param(k, v[:6000]) for k, v in flatten(recipe.model_dump(mode="json", exclude={"tracking"}))]
-        for i in range(0, len(params), 100):
-            client.log_batch(run_id, params=params[i : i + 100])
-        client.log_dict(run_id, recipe.model_dump(mode="json", exclude={"tracking"}), "recipe.yaml")
-        return tracker
+            raise InputError(f"tracking.uri {self.uri}: {error}") from error
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows of metrics, each with its ``cycle``; those already written are left out."""
-        now = int(time.time() * 1000)
+        """Write rows of metrics, each with its ``cycle`` and ``time``; those already written are left out."""
+        client, run_id = self._run()
         for row in rows:
             step = int(row[STEP])
             place = (int(row.get(ATTEMPT, self._logged[0])), step)
             if place <= self._logged:
                 continue
-            metrics = [Metric(_key(k), float(v), now, step) for k, v in row.items() if isinstance(v, int | float)]
-            self._client.log_batch(self.run_id, metrics=metrics)
+            client.log_batch(run_id, metrics=_metrics(row, step, row[TIME]))
             self._logged = place
 
-    def figures(self, figures: Mapping[str, float], *, step: int) -> None:
-        """Write the figures of an evaluation after so many cycles, unless they are there."""
+    def figures(self, figures: Mapping[str, float], *, step: int, when: float) -> None:
+        """Write the figures of an evaluation after so many cycles, made at a time, unless they are there."""
+        client, run_id = self._run()
         first = next(iter(figures))
-        if any(m.step == step for m in self._client.get_metric_history(self.run_id, _key(first))):
-            return
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(_key(k), v, now, step) for k, v in figures.items()])
+        if not any(m.step == step for m in client.get_metric_history(run_id, _key(first))):
+            client.log_batch(run_id, metrics=_metrics(figures, step, when))
 
-    def results(self, figures: Mapping[str, float], artifacts: Sequence[Path], *, step: int) -> None:
+    def results(self, figures: Mapping[str, float], artifacts: Sequence[Path], *, step: int, when: float) -> None:
         """Write the last evaluation's figures and the files that belong to the run."""
-        self.figures(figures, step=step)
+        self.figures(figures, step=step, when=when)
+        client, run_id = self._run()
         for path in artifacts:
             if path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), path.name)
+                client.log_artifacts(run_id, str(path), path.name)
             elif path.exists():
-                self._client.log_artifact(self.run_id, str(path))
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+                client.log_artifact(run_id, str(path))
 
     def end(self, status: str) -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        self._client.set_terminated(self.run_id, status=status)
+        client, run_id = self._run()
+        client.set_terminated(run_id, status=status)
+
+    def _run(self) -> tuple[MlflowClient, str]:
+        with self._opening:  # the follower's thread, and at the end of a run the driver's
+            if self._open is None:
+                self._open = self._opened()
+        return self._open
+
+    def _opened(self) -> tuple[MlflowClient, str]:
+        client = MlflowClient(tracking_uri=self.uri)
+        run = self._found(client)
+        run_id: str = run.info.run_id
+        recipe = self._recipe.model_dump(mode="json", exclude={"tracking"})
+        missing = [Param(k, v[:6000]) for k, v in flatten(recipe) if k not in run.data.params]
+        if missing:  # before the parameters, so that a run that has them has it
+            client.log_dict(run_id, recipe, "recipe.yaml")
+        for i in range(0, len(missing), 100):
+            client.log_batch(run_id, params=missing[i : i + 100])
+        client.set_terminated(run_id, status="RUNNING")
+        # After a rollback the same cycles come again, as another attempt.
+        attempts = [(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)]
+        cycles = [(0, m.step) for m in client.get_metric_history(run_id, STEP)]
+        self._logged = max([*attempts, *cycles], default=(0, -1))
+        return client, run_id
+
+    def _found(self, client: MlflowClient) -> Run:
+        """The run of this folder. It is known by a key of its own, in case that the server's answer was lost."""
+        file = self._recipe.folder / RUN_ID
+        if file.is_file():
+            return client.get_run(file.read_text(encoding="utf-8").strip())
+        # The tags are kept as well: somebody else may have to send the run.
+        made = json.dumps({"key": uuid.uuid4().hex, "tags": self._tags})
+        kept = json.loads(_kept(self._recipe.folder / TAGS, made))
+        key, tags = kept["key"], {**kept["tags"], KEY: kept["key"]}
+        experiment = experiment_of(client, self._recipe)
+
+        def known() -> list[Run]:
+            return list(client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", order_by=["attributes.start_time"]))
+
+        if not known():
+            client.create_run(experiment, run_name=self._recipe.name, tags=tags)
+        first, *others = known()
+        for other in others:  # MLflow's client asks again by itself if an answer is lost
+            client.delete_run(other.info.run_id)
+        _kept(file, first.info.run_id)
+        return first
 
 
 def experiment_of(client: MlflowClient, recipe: Recipe) -> str:
@@ -147,3 +187,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _key(name: str) -> str:
     """MLflow allows letters, digits and ``_-. /`` in a metric's name."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+
+
+def _metrics(figures: Mapping[str, Any], step: int, when: float) -> list[Metric]:
+    # Their own time, not that of writing: MLflow keeps equal ones once.
+    now = int(when * 1000)
+    return [
+        Metric(_key(k), float(v), now, step) for k, v in figures.items() if isinstance(v, int | float) and k != TIME
+    ]
+
+
+def _kept(file: Path, text: str) -> str:
+    """What a file holds; ``text``, if it is not there yet."""
+    if not file.is_file():
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    return file.read_text(encoding="utf-8").strip()

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from raydmd.training.events import read_from
 from raydmd.training.monitor import RAISED
-from raydmd.training.students import EVALUATION, EVALUATIONS
+from raydmd.training.students import EVALUATIONS
+from raydmd.training.tracked import METRICS, track_evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +64,7 @@ class Follower:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, tracker: Tracker, console: Console | None = None) -> None:
-        self._path, self._evaluations = folder / "metrics.jsonl", folder / EVALUATIONS
+        self._path, self._evaluations = folder / METRICS, folder / EVALUATIONS
         self._recipe = recipe
         self._tracker = tracker
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -116,10 +117,9 @@ class Follower:
                 self._said = time.monotonic()
                 self._console.print(line)
         try:
-            self._tracker.log([{k: v for k, v in r.items() if k != "time"} for r in rows])
+            self._tracker.log(rows)
             for row in evaluations:
-                figures = {k: float(v) for k, v in row.items() if k.startswith(EVALUATION)}
-                self._tracker.figures(figures, step=int(row["cycle"]))
+                track_evaluation(self._tracker, row)
         except Exception as error:  # the rows are kept in the file; the next reading tries again
             self._console.print(f"tracking: {type(error).__name__}: {error}; will try again")
             self._offset, self._evaluated = before

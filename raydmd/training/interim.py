@@ -60,7 +60,7 @@ class Interim:
             self._started = True
             for row in read_lines(self._file):
                 self._done.add(str(row["student"]))
-                self._tell({k: v for k, v in row.items() if k != "student"})
+                self._tell({k: v for k, v in row.items() if k not in ("student", "time")})
         if self._running and ray.wait([self._running[1]], timeout=0)[0]:
             self._collect(*self._running)
             self._running = None
@@ -102,7 +102,7 @@ class Interim:
         self._done.add(folder.name)
         row = {"cycle": cycle, **figures}
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"student": folder.name, **row}) + "\n")
+            file.write(json.dumps({"student": folder.name, "time": time.time(), **row}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         self._tell(row)
 

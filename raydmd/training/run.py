@@ -41,6 +41,7 @@ from raydmd.training.pairing import check_pairs
 from raydmd.training.pools import check_experts, reward_pool, sampler_pool, teacher_pool
 from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
+from raydmd.training.tracked import METRICS, hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,10 +74,12 @@ class Surroundings:
 
     Attributes:
         tags: of its MLflow run.
+        tracked: whether the tracking server was seen; it is then no reason to refuse a run that it is away.
         tell: is called with the figures of each evaluation while it trains, and of the last one.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
+    tracked: bool = False
     tell: Callable[[dict[str, float]], None] = lambda _: None
 
 
@@ -175,7 +178,9 @@ def conduct(
     check_room(recipe, living_nodes())
     paired = None if trained(folder) else check_pairs(recipe, family)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    tracker = Tracker.open(recipe, {**versions(), **around.tags})
+    tracker = Tracker(recipe, {**versions(), **about(recipe, family), **around.tags})
+    if not around.tracked:
+        tracker.connect()
     try:
         cache = (recipe.data.cache or folder / "conditions").absolute()
         conditions = encode(recipe, family, prompts, cache, stop)
@@ -197,23 +202,14 @@ def conduct(
             if pool and not asked:
                 pool.close()  # its place is needed
             figures, artifacts = finish(recipe, checkpoint, prompts, stop, pool if asked else None, started=start)
-        publish(tracker, figures, artifacts, recipe.training.cycles)
+        hand_over(recipe, tracker, "FINISHED", figures, artifacts)
         around.tell({"cycle": float(recipe.training.cycles), **figures})
     except RunStopped:
-        tracker.end("KILLED")
+        hand_over(recipe, tracker, "KILLED")
         raise
     except BaseException:
-        tracker.end("FAILED")
+        hand_over(recipe, tracker, "FAILED")
         raise
-
-
-def publish(tracker: Tracker, figures: dict[str, float], artifacts: list[Path], cycles: int) -> None:
-    """Hand the results to MLflow; a server that is away does not undo a finished run."""
-    try:
-        tracker.results(figures, artifacts, step=cycles)
-        tracker.end("FINISHED")
-    except Exception as error:  # whatever the client raises, the results are on disk
-        print(f"tracking: the results did not reach MLflow ({type(error).__name__}: {error}); they are in result.json")
 
 
 def quiet() -> None:
@@ -278,7 +274,7 @@ def train(
                     controller_failure_limit=t.max_failures,  # type: ignore[call-arg]  # typed as v1
                 ),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoints_kept),
-                callbacks=[MetricsFile(folder / "metrics.jsonl")],  # type: ignore[list-item]  # typed as Tune's
+                callbacks=[MetricsFile(folder / METRICS)],  # type: ignore[list-item]  # typed as Tune's
             ),
         )
         events = folder / "events.jsonl"
@@ -349,6 +345,15 @@ def finish(
     print(table)
     print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
     return figures, [Path(a) for a in artifacts]
+
+
+def about(recipe: Recipe, family: Family) -> dict[str, str]:
+    """What runs are looked for by."""
+    return {
+        "raydmd.method": recipe.method.name,
+        "raydmd.model": str(recipe.model.path),
+        "raydmd.family": family.pipeline.__name__,
+    }
 
 
 def versions() -> dict[str, str]:

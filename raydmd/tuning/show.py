@@ -77,7 +77,8 @@ def progress(rows: Sequence[Row], spec: Sweep) -> str:
     counts = [f"{n} {state}" for state in LATER if (n := sum(row.state == state for row in rows))]
     best, name = best_of(rows, spec), next(iter(spec.objectives))
     so_far = f"   best {name} {best.values[name]:.4g} (trial {best.root:04d})" if best else ""
-    return f"of {spec.budget.trials}: {', '.join(counts) or 'none yet'}{so_far}"
+    total = len({row.root for row in rows}) if spec.search.kind == "grid" else spec.budget.trials
+    return f"of {total}: {', '.join(counts) or 'none yet'}{so_far}"
 
 
 def as_json(rows: Sequence[Row], spec: Sweep) -> dict[str, Any]:

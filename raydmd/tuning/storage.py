@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-import threading
 import time
 import warnings
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -19,6 +18,7 @@ from raydmd.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 BEAT = 10
 """Seconds between signs of life of a running trial."""
@@ -66,13 +66,13 @@ class Patience:
         url: of the storage.
 
     Attributes:
-        hurried: says whether the sweep was told to stop.
+        stop: a file; once it is there, the sweep was told to stop.
         since: monotonic time from which the storage was there whenever it was asked.
     """
 
     def __init__(self, url: str) -> None:
-        self._url, self._lock, self._away = url, threading.Lock(), False
-        self.hurried: Callable[[], bool] = lambda: False
+        self._url, self._away = url, False
+        self.stop: Path | None = None
         self.since = time.monotonic()
 
     def keep(self, ask: Callable[[], Any]) -> Any:
@@ -90,7 +90,7 @@ class Patience:
                     raise
                 self.missed(error)
                 waited = time.monotonic() - begun
-                if waited > AWAY or (waited > HURRY and self.hurried()):
+                if waited > AWAY or (waited > HURRY and self.stop and self.stop.exists()):
                     raise RunFailed(
                         f"the study's storage {shown(self._url)} was away for {waited:.0f} s: {_cause(error)}. "
                         "The same command goes on"
@@ -103,18 +103,16 @@ class Patience:
 
     def missed(self, error: Exception) -> None:
         """The storage did not answer."""
-        with self._lock:
-            self.since = time.monotonic()
-            if not self._away:
-                self._away = True
-                print(f"the study's storage {shown(self._url)} is away ({_cause(error)}); trying again", flush=True)
+        self.since = time.monotonic()
+        if not self._away:
+            self._away = True
+            print(f"the study's storage {shown(self._url)} is away ({_cause(error)}); trying again", flush=True)
 
     def met(self) -> None:
         """It did."""
-        with self._lock:
-            if self._away:
-                self._away = False
-                print("the study's storage is back", flush=True)
+        if self._away:
+            self._away = False
+            print("the study's storage is back", flush=True)
 
 
 class Patient(Protocol):

@@ -144,8 +144,8 @@ class Study:
 
     @property
     def budget(self) -> int:
-        """Trials in all."""
-        return self.spec.budget.trials
+        """Trials in all; a grid's are all its points."""
+        return len(self.spec.grid(self._base)) if self.spec.search.kind == "grid" else self.spec.budget.trials
 
     @patiently
     def taken(self) -> int:

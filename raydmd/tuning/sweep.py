@@ -18,6 +18,7 @@ from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
 from raydmd.tracking.group import Group
 from raydmd.tracking.model import BEST, register
+from raydmd.tracking.tracker import RUN_ID
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
@@ -26,6 +27,7 @@ from raydmd.training.folder import locked
 from raydmd.training.pools import teacher_pool
 from raydmd.training.run import check_method, prepare, versions
 from raydmd.training.stopping import stop_on_signals
+from raydmd.training.tracked import UNSENT, send
 from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.search import StudySearch
@@ -70,7 +72,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
     with locked(folder / "clusters" / cluster):
         study = Study(spec, base, storage_url(spec, folder), cluster)
         stop = folder / "clusters" / cluster / "STOP"
-        study.patience.hurried = stop.exists
+        study.patience.stop = stop
         if left := study.give_back():
             print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
         if study.over():
@@ -89,6 +91,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
             ray.shutdown()
         rows = study.rows()
         print(table(rows, spec))
+        send_rest(base)
         if stop.exists() and not study.over():
             raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
         best = best_of(rows, spec)
@@ -157,7 +160,7 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
     parallel = min(spec.parallel or room, room)
     print(f"{parallel} trial(s) at a time", flush=True)
     group = Group.open(base, spec.name, study.attribute, versions())
-    search = StudySearch(study, Common(base, group.tags()))
+    search = StudySearch(study, Common(base, {**group.tags(), "raydmd.cluster": stop.parent.name}))
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -205,6 +208,16 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
     group.close(study.rows(), spec.objectives)
 
 
+def send_rest(base: Recipe) -> None:
+    """Hand over what trials could not, while the tracking server was away."""
+    for file in sorted(base.output.glob(f"*/{UNSENT}")):
+        try:
+            send(file.parent)
+        except RunFailed as error:
+            print(f"tracking: {error}; raydmd track {base.output.parent} tries again")
+            return
+
+
 def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
     """Put the best student into MLflow's registry; a registry that is away does not undo a sweep."""
     folder = base.output / f"{best.root:04d}"
@@ -214,7 +227,7 @@ def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
     recipe = derive(base, best.changes)
     how = {"call": prepared.family.sampling(steps=recipe.method.steps), "absent": prepared.family.absent()}
     try:
-        run_id = (folder / "mlflow_run_id").read_text(encoding="utf-8").strip()
+        run_id = (folder / RUN_ID).read_text(encoding="utf-8").strip()
         version = register(str(base.tracking.uri), run_id, spec.name, folder / PIPELINE, how)
         print(f"model     models:/{spec.name}@{BEST} (version {version}) in {shown(str(base.tracking.uri))}")
     except Exception as error:  # whatever MLflow raises, the student is in its folder

@@ -103,7 +103,7 @@ class RunTrial(tune.Trainable):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                conduct(prepared, self._stop, surroundings=Surroundings(tags=self._tags, tell=self._tell))
+                conduct(prepared, self._stop, surroundings=Surroundings(self._tags, tracked=True, tell=self._tell))
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
             self._fail(str(error))
         except BaseException as error:

@@ -125,15 +125,15 @@ class Flaky:
 
     def __init__(self) -> None:
         self.away = True
-        self.given: list[tuple[int, dict[str, float]]] = []
+        self.given: list[tuple[int, float, dict[str, float]]] = []
 
     def log(self, rows: list[dict[str, float]]) -> None:
         pass
 
-    def figures(self, figures: dict[str, float], *, step: int) -> None:
+    def figures(self, figures: dict[str, float], *, step: int, when: float) -> None:
         if self.away:
             raise ConnectionError("nobody there")
-        self.given.append((step, figures))
+        self.given.append((step, when, figures))
 
 
 def test_a_tracking_server_that_is_away_costs_no_evaluation(
@@ -141,7 +141,7 @@ def test_a_tracking_server_that_is_away_costs_no_evaluation(
 ) -> None:
     r = recipe(pipeline, tmp_path)
     r.folder.mkdir(parents=True)
-    row = {"student": "cycle-00000002", "cycle": 2.0, "evaluation/flow": 1.0}
+    row = {"student": "cycle-00000002", "time": 5.0, "cycle": 2.0, "evaluation/flow": 1.0}
     (r.folder / EVALUATIONS).write_text(json.dumps(row) + "\n", encoding="utf-8")
     tracker = Flaky()
     follower = Follower(r.folder, r, tracker)  # type: ignore[arg-type]
@@ -151,4 +151,4 @@ def test_a_tracking_server_that_is_away_costs_no_evaluation(
     tracker.away = False
     follower._read(None)
     follower._read(None)
-    assert tracker.given == [(2, {"evaluation/flow": 1.0})]
+    assert tracker.given == [(2, 5.0, {"evaluation/flow": 1.0})]

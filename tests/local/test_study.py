@@ -287,7 +287,7 @@ def test_after_an_outage_others_have_time_for_a_sign_of_life(monkeypatch: pytest
         assert taken.root == 0
 
 
-def test_a_database_that_stays_away_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_stays_away_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with postgres.server() as database:
         study = Study(spec(), Recipe(), database.address.replace("postgresql://", "postgresql+psycopg://"), "c")
         database.stop()
@@ -297,7 +297,7 @@ def test_a_database_that_stays_away_ends_the_sweep(monkeypatch: pytest.MonkeyPat
                 study.claim()
             monkeypatch.setattr(storages, "AWAY", 600.0)
             monkeypatch.setattr(storages, "HURRY", 0.0)
-            study.patience.hurried = lambda: True  # a signal has come
+            study.patience.stop = tmp_path  # a signal has come
             with pytest.raises(RunFailed, match="was away for"):
                 study.rows()
         finally:
