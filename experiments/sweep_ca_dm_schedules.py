@@ -26,6 +26,7 @@ SWEEP = {
     "search": {"kind": "tpe", "startup": 6},
     "stopping": {"reduction": 3.0},
     "budget": {"trials": 12},
+    "verdict": {"seeds": 3},
 }
 
 PAPER = derive(DECOUPLED, {"evaluation": {"every": 1000, "samples": 64}, "placement.workers": 8})

@@ -22,6 +22,7 @@ SWEEP = {
     "search": {"kind": "tpe", "startup": 6},
     "stopping": {"reduction": 3.0},
     "budget": {"trials": 12},
+    "verdict": {"seeds": 3},
 }
 
 PAPER = derive(DP_DMD, {"evaluation": {"every": 200, "samples": 64}})

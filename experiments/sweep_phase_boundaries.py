@@ -23,6 +23,7 @@ SWEEP = {
     # A phase that has not begun is the teacher's still: rungs say less than elsewhere, so more go on.
     "stopping": {"reduction": 2.0, "grace": 3},
     "budget": {"trials": 12},
+    "verdict": {"seeds": 3},
 }
 
 PAPER = derive(PHASED, {"evaluation": {"every": 200, "samples": 64}})

@@ -217,6 +217,7 @@ def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
 
 def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
     from raydmd.tuning import show
+    from raydmd.tuning.verdict import kept
 
     def tell() -> None:
         spec, rows = _rows(folder, storage)
@@ -236,6 +237,8 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
             typer.echo("no trial has come to its end yet")
         else:
             typer.echo(show.table(rows, spec, only=chosen))
+            if best and which == "best" and (verdict := kept(folder, best)):
+                typer.echo(verdict.text(spec.objectives))
             for row in chosen[:1] if which == "best" else chosen:
                 typer.echo(f"trial {row.root:04d}   {folder / 'trials' / f'{row.root:04d}'}")
 

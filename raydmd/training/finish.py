@@ -122,9 +122,20 @@ def interim_figures(recipe: Recipe, folder: str, prompts: list[str], pool: Clien
     Returns:
         Figures, named as in a run's last evaluation.
     """
+    return _figures_from(recipe, folder, prompts, pool, unfinished=True)
+
+
+def final_figures(recipe: Recipe, checkpoint: str, prompts: list[str], pool: ClientSpec | None) -> dict[str, float]:
+    """The same of a student that is trained, from its final checkpoint."""
+    return _figures_from(recipe, checkpoint, prompts, pool, unfinished=False)
+
+
+def _figures_from(
+    recipe: Recipe, folder: str, prompts: list[str], pool: ClientSpec | None, *, unfinished: bool
+) -> dict[str, float]:
     torch.set_num_threads(recipe.placement.threads)
     family = load_family(recipe.model)
-    student = student_experts(recipe, family, load_student(recipe, family, Path(folder), unfinished=True))
+    student = student_experts(recipe, family, load_student(recipe, family, Path(folder), unfinished=unfinished))
     asked, judge = what_is_asked(recipe, family, prompts)
     compared = judge is not None or bool(recipe.evaluation.networks)
     [teacher] = teacher_samples(asked, pool, ["reference" if compared else "teacher"])

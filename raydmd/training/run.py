@@ -330,21 +330,31 @@ def finish(
     }
     reference = task.remote(recipe, str(checkpoint), prompts, facts, pool.client_spec() if pool else None)
     print("exporting and evaluating ...", flush=True)
+    figures, artifacts, table = awaited(reference, recipe, stop, pool, "the report")
+    print(table)
+    print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
+    return figures, [Path(a) for a in artifacts]
+
+
+def awaited(reference: Any, recipe: Recipe, stop: Path, pool: Pool | None, what: str) -> Any:
+    """What a task that evaluates a trained run returns.
+
+    Raises:
+        RunStopped: if the run is stopped meanwhile.
+        RunFailed: if it takes longer than ``evaluation.timeout``.
+    """
     deadline = time.monotonic() + recipe.evaluation.timeout
     while not ray.wait([reference], timeout=1.0)[0]:
         if pool:
             pool.loaded(enough=1)
         if stop.exists():
-            raise RunStopped(f"run '{recipe.name}' is trained but has no report yet; the same command makes it")
+            raise RunStopped(f"run '{recipe.name}' is trained, {what} is missing; the same command makes it")
         if time.monotonic() > deadline:
             raise RunFailed(
-                f"export and evaluation took more than evaluation.timeout={recipe.evaluation.timeout:g} s; "
+                f"run '{recipe.name}': {what} took more than evaluation.timeout={recipe.evaluation.timeout:g} s; "
                 "the trained student is kept, the same command evaluates it again"
             )
-    figures, artifacts, table = ray.get(reference)
-    print(table)
-    print(f"student   {recipe.folder / 'pipeline'}\nreport    {recipe.folder / 'report.html'}")
-    return figures, [Path(a) for a in artifacts]
+    return ray.get(reference)
 
 
 def about(recipe: Recipe, family: Family) -> dict[str, str]:

@@ -65,6 +65,13 @@ class Budget(Section):
     """Of all clusters' trials."""
 
 
+class Versus(Section):
+    """At the end, the recipe is trained as it is, and compared with the best trial on seeds that no trial has seen."""
+
+    seeds: Count = 3
+    """Evaluations of each, with prompts and noise of their own."""
+
+
 class Sweep(Section):
     """A sweep over recipes."""
 
@@ -76,6 +83,8 @@ class Sweep(Section):
     stopping: Stopping | None = None
     """Needs ``evaluation.every`` in the recipe."""
     budget: Budget = Budget()
+    verdict: Versus | None = None
+    """Whether what was found beats the recipe that the sweep began from; costs one more run."""
     parallel: Annotated[int, Field(ge=0)] = 0
     """Trials at once; 0: as many as the cluster has room for."""
     storage: Word | None = None

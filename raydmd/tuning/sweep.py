@@ -35,9 +35,10 @@ from raydmd.tuning.show import best_of, progress, table
 from raydmd.tuning.storage import BEAT, shown
 from raydmd.tuning.study import Study
 from raydmd.tuning.trial import Common, RunTrial
+from raydmd.tuning.verdict import judge, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from raydmd.recipe import Recipe
@@ -75,9 +76,11 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         study.patience.stop = stop
         if left := study.give_back():
             print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
-        if study.over():
+        if study.over() and (best := best_of(study.rows(), spec)) and not judged_here(spec, base, best):
             print(f"sweep '{spec.name}' is finished")
             print(table(study.rows(), spec))
+            if verdict := kept(folder, best):
+                print(verdict.text(spec.objectives))
             return DONE
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
         connect()
@@ -85,21 +88,45 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         try:
             check_room(base, living_nodes())
             with stop_on_signals(stop), beating(study), shared(prepared, stop) as pool:
-                conduct(spec, base, study, pool, stop, folder)
+                group = Group.open(base, spec.name, study.attribute, versions())
+                tags = {**group.tags(), "raydmd.cluster": cluster}
+                if not study.over():
+                    conduct(spec, base, study, pool, stop, folder, tags)
+                group.close(study.rows(), spec.objectives)
+                conclude(spec, study, prepared, pool, stop, tags)
         finally:
             study.give_back()
             ray.shutdown()
-        rows = study.rows()
-        print(table(rows, spec))
-        send_rest(base)
-        if stop.exists() and not study.over():
-            raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
-        best = best_of(rows, spec)
-        if best is None:
-            raise RunFailed(f"sweep '{spec.name}': no trial has come to its end; the last errors are above")
-        print(f"best      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
-        publish(spec, base, best, prepared)
     return DONE
+
+
+def conclude(
+    spec: Sweep, study: Study, prepared: Prepared, pool: Pool | None, stop: Path, tags: Mapping[str, str]
+) -> None:
+    """What follows the last trial: the table, the best student's registration, the verdict.
+
+    Raises:
+        RunStopped: if the sweep is not over, or the verdict was stopped.
+        RunFailed: if no trial has come to its end.
+    """
+    base, rows = prepared.recipe, study.rows()
+    print(table(rows, spec))
+    send_rest(base)
+    if stop.exists() and not study.over():
+        raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
+    best = best_of(rows, spec)
+    if best is None:
+        raise RunFailed(f"sweep '{spec.name}': no trial has come to its end; the last errors are above")
+    print(f"best      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
+    publish(spec, base, best, prepared)
+    if study.over() and judged_here(spec, base, best):
+        print(judge(spec, base, best, pool, stop, tags).text(spec.objectives))
+
+
+def judged_here(spec: Sweep, base: Recipe, best: Row) -> bool:
+    """Whether this cluster has yet to find the verdict: the best trial is in its folder."""
+    here = (base.output / f"{best.root:04d}" / PIPELINE).is_dir()
+    return bool(spec.verdict) and here and kept(base.output.parent, best) is None
 
 
 def pinned(spec: Sweep, base: Recipe) -> Recipe:
@@ -154,15 +181,23 @@ def check(spec: Sweep, base: Recipe) -> Prepared:
     return prepared
 
 
-def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Path, folder: Path) -> None:
+def conduct(
+    spec: Sweep,
+    base: Recipe,
+    study: Study,
+    pool: Pool | None,
+    stop: Path,
+    folder: Path,
+    tags: Mapping[str, str],
+) -> None:
     """Tune's part of a sweep, on the cluster that this process is connected to."""
     room = parallel_runs(base, living_nodes())
     parallel = min(spec.parallel or room, room)
     print(f"{parallel} trial(s) at a time", flush=True)
-    group = Group.open(base, spec.name, study.attribute, versions())
-    search = StudySearch(study, Common(base, {**group.tags(), "raydmd.cluster": stop.parent.name}))
+    search = StudySearch(study, Common(base, tags))
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
+        "RAY_AIR_NEW_OUTPUT": "0",  # the other one writes a frame about Tune whatever is asked
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }.items():
         os.environ.setdefault(name, value)
@@ -205,7 +240,6 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
             if gpu_hours and study.gpu_hours() > gpu_hours:
                 search.close("its GPU hours are used")
     done.result()
-    group.close(study.rows(), spec.objectives)
 
 
 def send_rest(base: Recipe) -> None:

@@ -27,6 +27,7 @@ SWEEP: dict[str, Any] = {
     "search": {"kind": "random"},
     "stopping": {"reduction": 2.0},
     "budget": {"trials": 2},
+    "verdict": {"seeds": 2},
     "recipe": {
         "model.path": "sd35-tiny",
         "method": {"name": "decoupled", "shift": 3.0},
@@ -74,6 +75,11 @@ def cycles(run: Path) -> int:
     return int(json.loads(lines[-1])["cycle"]) if lines else 0
 
 
+def beaten(verdict: dict[str, Any]) -> int:
+    pairs = zip(verdict["found"]["frechet"], verdict["default"]["frechet"], strict=True)
+    return sum(found < default for found, default in pairs)
+
+
 @pytest.mark.sweep
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
@@ -114,7 +120,8 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     parents = [r for r in found if MLFLOW_PARENT_RUN_ID not in r.data.tags]
     assert len(parents) == 1
     children = [r for r in found if r.data.tags.get(MLFLOW_PARENT_RUN_ID) == parents[0].info.run_id]
-    assert {r.data.tags["raydmd.trial"] for r in children} == {f"{row['trial']:04d}" for row in after}
+    assert {r.data.tags["raydmd.trial"] for r in children} == {"default", *(f"{row['trial']:04d}" for row in after)}
+    assert {r.data.tags["raydmd.cluster"] for r in children} == {"here"}
     for run in children:
         for key in ("cycle", "evaluation/frechet"):
             steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
@@ -126,10 +133,17 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     packed = Path(unquote(urlparse(client.get_model_version_download_uri("tiny", registered.version)).path))
     assert next(packed.rglob("pipeline/model_index.json")).is_file()
 
+    verdict = json.loads((tmp_path / "runs" / "tiny" / "verdict.json").read_text())
+    assert verdict["trial"] == best
+    assert len(set(verdict["default"]["frechet"] + verdict["found"]["frechet"])) == 4
+    sentence = f"trial {best:04d} {'beats' if beaten(verdict) == 2 else 'does NOT beat'} the recipe: frechet is better"
+    assert f"{sentence} on {beaten(verdict)} of 2 seeds" in out
+
     done = command(tmp_path, "run", "s.yaml", "--cluster", "here")
     out, _ = done.communicate(timeout=60)
     assert done.returncode == 0
     assert "is finished" in out
+    assert sentence in out
     for which in ("best", "front"):
         shown = command(tmp_path, which, "runs/tiny")
         out, _ = shown.communicate(timeout=60)
