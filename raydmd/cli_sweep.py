@@ -217,6 +217,7 @@ def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
 
 def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
     from raydmd.tuning import show
+    from raydmd.tuning.repeats import merged
     from raydmd.tuning.verdict import kept
 
     def tell() -> None:
@@ -225,7 +226,7 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
         chosen = {
             "status": rows,
             "best": [best] if best else [],
-            "front": show.front(rows, spec.objectives),
+            "front": show.front(merged(rows, spec.repeats), spec.objectives),
         }[which]
         if as_json:
             typer.echo(json.dumps(show.as_json(chosen, spec), indent=1))

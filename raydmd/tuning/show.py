@@ -10,6 +10,8 @@ from rich.box import ASCII2
 from rich.console import Console
 from rich.table import Table
 
+from raydmd.tuning.repeats import merged
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -32,7 +34,7 @@ def front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
 
 def best_of(rows: Sequence[Row], spec: Sweep) -> Row | None:
     """The finished trial that is best in the first objective; ``None`` before there is one."""
-    done = [row for row in rows if row.values]
+    done = [row for row in merged(rows, spec.repeats) if row.values]
     return min(done, key=lambda row: _costs(row.values, spec.objectives), default=None)
 
 
@@ -44,8 +46,9 @@ def table(rows: Sequence[Row], spec: Sweep, *, only: Sequence[Row] | None = None
         spec: the sweep.
         only: trials to show; default: all but lost ones, whose successors are there.
     """
-    shown = [row for row in rows if row.state != "lost"] if only is None else list(only)
-    on_front = {row.number for row in front(rows, spec.objectives)} if len(spec.objectives) > 1 else set()
+    settings = merged(rows, spec.repeats)
+    shown = settings if only is None else list(only)
+    on_front = {row.number for row in front(settings, spec.objectives)} if len(spec.objectives) > 1 else set()
     keys = list(dict.fromkeys(key for row in shown for key in row.changes))
     made = Table(box=ASCII2, pad_edge=False)
     made.add_column("trial", justify="right")
@@ -57,12 +60,12 @@ def table(rows: Sequence[Row], spec: Sweep, *, only: Sequence[Row] | None = None
         made.add_column(key.removeprefix("method.").removeprefix("training."))
     for row in sorted(shown, key=lambda r: _order(r, spec.objectives)):
         figures = row.values or (row.at[row.trained] if row.at else {})
-        state = f"{row.state}{' *' if row.number in on_front else ''}"
+        state = f"{row.state}{f' ({len(row.runs)} runs)' if row.runs else ''}{' *' if row.number in on_front else ''}"
         made.add_row(
             f"{row.root:04d}",
             state,
             str(row.trained or "-"),
-            *(f"{figures[name]:.4g}" if name in figures else "-" for name in spec.objectives),
+            *(_figure(figures, row.spread, name) for name in spec.objectives),
             *(_short(row.changes[key]) if key in row.changes else "-" for key in keys),
         )
     out = io.StringIO()
@@ -74,16 +77,17 @@ def table(rows: Sequence[Row], spec: Sweep, *, only: Sequence[Row] | None = None
 
 def progress(rows: Sequence[Row], spec: Sweep) -> str:
     """One line: how many trials in which state, and the best so far."""
-    counts = [f"{n} {state}" for state in LATER if (n := sum(row.state == state for row in rows))]
+    settings = merged(rows, spec.repeats)
+    counts = [f"{n} {state}" for state in LATER if (n := sum(row.state == state for row in settings))]
     best, name = best_of(rows, spec), next(iter(spec.objectives))
     so_far = f"   best {name} {best.values[name]:.4g} (trial {best.root:04d})" if best else ""
-    total = len({row.root for row in rows}) if spec.search.kind == "grid" else spec.budget.trials
+    total = len(settings) if spec.search.kind == "grid" else spec.budget.trials
     return f"of {total}: {', '.join(counts) or 'none yet'}{so_far}"
 
 
 def as_json(rows: Sequence[Row], spec: Sweep) -> dict[str, Any]:
     """The same for a machine."""
-    on_front = {row.number for row in front(rows, spec.objectives)}
+    on_front = {row.number for row in front(merged(rows, spec.repeats), spec.objectives)}
     return {
         "sweep": spec.name,
         "objectives": dict(spec.objectives),
@@ -95,6 +99,7 @@ def as_json(rows: Sequence[Row], spec: Sweep) -> dict[str, Any]:
                 "cluster": row.cluster,
                 "changes": row.changes,
                 "values": row.values,
+                **({"spread": row.spread, "runs": list(row.runs)} if row.runs else {}),
                 "evaluations": {str(k): v for k, v in row.at.items()},
                 "front": row.number in on_front,
                 "error": row.error,
@@ -117,6 +122,12 @@ def _order(row: Row, objectives: Mapping[str, str]) -> tuple[Any, ...]:
     if row.values:
         return 0, *_costs(row.values, objectives), row.number
     return 1, -row.trained, LATER.index(row.state) if row.state in LATER else len(LATER), row.number
+
+
+def _figure(figures: Mapping[str, float], spread: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return "-"
+    return f"{figures[name]:.4g}{f' ± {spread[name]:.2g}' if name in spread else ''}"
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from raydmd.errors import InputError
 from raydmd.recipe import derive, known_keys
 from raydmd.recipe_io import explain, nearest
 from raydmd.recipe_types import Count, Positive, Section, Word
+from raydmd.tuning.repeats import SEED
 from raydmd.tuning.space import Choice, Dimension, Explorer, Ordered, Phases, Range, ends, points
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Budget(Section):
     """When no new trial starts; whichever comes first."""
 
     trials: Count = 20
+    """Settings; each is run ``repeats`` times."""
     hours: Positive | None = None
     """Of this cluster, since the command."""
     gpu_hours: Positive | None = None
@@ -83,6 +85,8 @@ class Sweep(Section):
     stopping: Stopping | None = None
     """Needs ``evaluation.every`` in the recipe."""
     budget: Budget = Budget()
+    repeats: Count = 1
+    """Runs of each setting, with training seeds of their own; it counts by their mean."""
     verdict: Versus | None = None
     """Whether what was found beats the recipe that the sweep began from; costs one more run."""
     parallel: Annotated[int, Field(ge=0)] = 0
@@ -105,6 +109,8 @@ class Sweep(Section):
             if key not in keys:
                 near = nearest(key, keys)
                 raise ValueError(f"space: unknown key {key!r}{f'; did you mean {near!r}?' if near else ''}")
+            if key == SEED and self.repeats > 1:
+                raise ValueError("space: 'seed' is not searched where repeats give each run its own")
             if key.startswith(RESERVED):
                 raise ValueError(f"space: {key!r} is not searched: trials would not be comparable, or collide")
             if isinstance(dimension, Phases) and key != "method.boundaries":
@@ -174,7 +180,7 @@ class Sweep(Section):
         """What two clusters' sweeps must agree on to be one study."""
         recipe = base.model_dump(mode="json", exclude={"name", "output", "placement", "tracking"})
         recipe["data"].pop("cache", None)
-        own = self.model_dump(mode="json", include={"objectives", "space", "stopping"})
+        own = self.model_dump(mode="json", include={"objectives", "space", "stopping", "repeats"})
         return {"recipe": recipe, **own}
 
 

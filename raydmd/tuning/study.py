@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from raydmd.errors import InputError
+from raydmd.tuning.repeats import SEED
 from raydmd.tuning.storage import GRACE, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ READY = 60.0
 """Seconds that another cluster may take to set up the study it has just made."""
 AT = "at "
 """Before the cycle, in the name of what keeps an evaluation's figures."""
-ERROR, OWNER, SECONDS = "error", "owner", "gpu_seconds"
+ERROR, OWNER, SECONDS, REPEAT, OF = "error", "owner", "gpu_seconds", "repeat", "of"
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
@@ -66,6 +67,9 @@ class Row:
         values: of the objectives, once it has finished.
         at: figures of its evaluations by cycle.
         error: why it failed.
+        of: trial whose setting it repeats.
+        spread: standard deviations of the values, of a setting that was run several times.
+        runs: its trials.
     """
 
     number: int
@@ -76,6 +80,9 @@ class Row:
     values: dict[str, float]
     at: dict[int, dict[str, float]]
     error: str
+    of: int | None = None
+    spread: dict[str, float] = field(default_factory=dict)
+    runs: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -110,8 +117,10 @@ class Study:
                 self._study = optuna.create_study(
                     study_name=spec.name, storage=storage, directions=goals, sampler=RandomSampler()
                 )
-            for point in spec.grid(base) if spec.search.kind == "grid" else ():
-                self._study.enqueue_trial(point)
+            for i, point in enumerate(spec.grid(base) if spec.search.kind == "grid" else ()):
+                self._study.enqueue_trial(point, user_attrs={REPEAT: 0})
+                for repeat in range(1, spec.repeats):
+                    self._study.enqueue_trial(point, user_attrs={REPEAT: repeat, OF: i * spec.repeats})
             self._study.set_user_attr("facts", facts)
         except DuplicatedStudyError:
             self._study = optuna.load_study(study_name=spec.name, storage=storage, sampler=RandomSampler())
@@ -130,7 +139,7 @@ class Study:
         with quiet():
             trial = self._study.ask()
         number = trial.number
-        before = sum(counts(t) for t in self._trials() if t.number < number)
+        before = sum(is_setting(t) for t in self._trials() if t.number < number)
         if not waiting and before >= self.budget:  # another cluster was a moment earlier
             self._study.tell(trial, state=TrialState.FAIL)
             return None
@@ -138,19 +147,23 @@ class Study:
         self._mine[number] = trial._trial_id
         self.beat()
         trial.set_user_attr(OWNER, self._cluster)
-        changes = self.spec.changes(self._base, trial)
+        changes, root = self.spec.changes(self._base, trial), root_of(self._frozen(number))
+        if self.spec.repeats > 1:
+            if REPEAT not in trial.user_attrs:
+                self._repeat(trial, root)
+            changes[SEED] = self._base.seed + int(trial.user_attrs.get(REPEAT, 0))
         trial.set_user_attr("changes", changes)
-        return Claim(number, root_of(self._frozen(number)), changes)
+        return Claim(number, root, changes)
 
     @property
     def budget(self) -> int:
-        """Trials in all; a grid's are all its points."""
+        """Settings in all; a grid's are all its points."""
         return len(self.spec.grid(self._base)) if self.spec.search.kind == "grid" else self.spec.budget.trials
 
     @patiently
     def taken(self) -> int:
-        """Trials that are settled, run or wait."""
-        return sum(counts(t) for t in self._trials())
+        """Settings that are settled, run or wait."""
+        return sum(is_setting(t) for t in self._trials())
 
     @patiently
     def over(self) -> bool:
@@ -231,6 +244,14 @@ class Study:
             self._study.set_user_attr(name, make())
         return self._study.user_attrs.get(name)
 
+    def _repeat(self, trial: optuna.Trial, root: int) -> None:
+        """Have the setting of a trial run again, with other seeds; a cluster may have died over it."""
+        there = {t.user_attrs.get(REPEAT) for t in self._trials() if t.user_attrs.get(OF) == root}
+        for repeat in range(1, self.spec.repeats):
+            if repeat not in there:
+                self._study.enqueue_trial(trial.params, user_attrs={REPEAT: repeat, OF: root})
+        trial.set_user_attr(REPEAT, 0)
+
     def _rescue(self) -> None:
         """Give back what dead clusters have left."""
         if time.monotonic() - self.patience.since < GRACE:
@@ -303,6 +324,11 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state != TrialState.FAIL or ERROR in trial.user_attrs
 
 
+def is_setting(trial: FrozenTrial) -> bool:
+    """Whether it counts, and is the first run of its setting."""
+    return counts(trial) and not trial.user_attrs.get(REPEAT)
+
+
 def root_of(trial: FrozenTrial) -> int:
     """Number of a trial's first attempt."""
     history: list[int] = trial.system_attrs.get("retry_history", [])
@@ -329,6 +355,7 @@ def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
         values=dict(zip(objectives, values, strict=True)) if values else {},
         at={int(k.removeprefix(AT)): dict(v) for k, v in sorted(attrs.items()) if k.startswith(AT)},
         error=str(attrs.get(ERROR, "")),
+        of=attrs.get(OF),
     )
 
 

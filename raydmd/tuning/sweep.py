@@ -30,6 +30,7 @@ from raydmd.training.stopping import stop_on_signals
 from raydmd.training.tracked import UNSENT, send
 from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
+from raydmd.tuning.repeats import merged
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
 from raydmd.tuning.storage import BEAT, shown
@@ -92,7 +93,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
                     conduct(spec, base, study, pool, stop, folder, tags)
-                group.close(study.rows(), spec.objectives)
+                group.close(merged(study.rows(), spec.repeats), spec.objectives)
                 conclude(spec, study, prepared, pool, stop, tags)
         finally:
             study.give_back()

@@ -15,6 +15,7 @@ from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe, derive
 from raydmd.tuning import storage as storages
 from raydmd.tuning import study as studies
+from raydmd.tuning.repeats import merged
 from raydmd.tuning.show import as_json, best_of, front, progress, table
 from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.study import Study, rows_of
@@ -197,6 +198,53 @@ def test_tables_best_and_front(tmp_path: Path) -> None:
     assert "trial 0003: out of memory" in text
     assert "best frechet 3" in progress(rows, study.spec)
     assert [t["front"] for t in as_json(rows, study.spec)["trials"]] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["random", "grid"])
+def test_repeats_are_run_with_seeds_of_their_own_and_count_by_their_mean(tmp_path: Path, kind: str) -> None:
+    space = {"method.steps": [2, 4]} if kind == "grid" else {"method.guidance": {"low": 2.0, "high": 6.0}}
+    repeated = spec(space=space, search={"kind": kind}, budget={"trials": 2}, repeats=3)
+    studies_of = [Study(repeated, Recipe(), url(tmp_path), name) for name in ("c", "d")]
+    seen: list[tuple[str, int]] = []
+    # The second setting's mean is better, though its worst run is worse than any of the first's.
+    values = iter([5.0, 5.0, 5.0, 1.0, 6.0, 2.0])
+    for k in range(6):
+        study = studies_of[k % 2]
+        claim = study.claim()
+        assert claim
+        seen.append((str({k: v for k, v in claim.changes.items() if k != "seed"}), claim.changes["seed"]))
+        assert best_of(study.rows(), repeated) is None or k >= 3
+        value = next(values)
+        study.finished(claim.number, {"frechet": value, "joint": value / 10})
+    assert all(study.claim() is None and study.over() for study in studies_of)
+    assert [seed for _, seed in seen] == [0, 1, 2] * 2
+    assert [setting for setting, _ in seen[:3]] == [seen[0][0]] * 3
+    assert [setting for setting, _ in seen[3:]] == [seen[3][0]] * 3
+    assert seen[0][0] != seen[3][0]
+    rows = studies_of[0].rows()
+    best = best_of(rows, repeated)
+    assert best
+    assert (best.root, best.values["frechet"], best.runs) == (3, 3.0, (3, 4, 5))
+    text = table(rows, repeated)
+    assert "finished (3 runs)" in text
+    assert "3 ± 2.6" in text
+    assert progress(rows, repeated).startswith("of 2: 2 finished")
+    assert [row["runs"] for row in as_json(merged(rows, 3), repeated)["trials"]] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_setting_whose_cluster_dies_is_repeated_as_often(tmp_path: Path) -> None:
+    repeated = spec(budget={"trials": 1}, repeats=3)
+    dies = Study(repeated, Recipe(), url(tmp_path), "c")
+    assert dies.claim()
+    lives = Study(repeated, Recipe(), url(tmp_path), "c")
+    assert lives.give_back() == 1
+    claims = []
+    while claim := lives.claim():
+        claims.append(claim)
+        lives.finished(claim.number, figures(1.0))
+    assert sorted(claim.changes["seed"] for claim in claims) == [0, 1, 2]
+    assert len({claim.changes["method.guidance"] for claim in claims}) == 1
+    assert lives.over()
 
 
 WORKS = """
