@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +17,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.tracking import MlflowClient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 BEST = "best"
 """Alias of a sweep's best student."""
@@ -48,6 +52,20 @@ class StudentModel(PythonModel):
         return found
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow warns that a model in Python is code, and that its prompts could have narrower types: both are meant."""
+    log = logging.getLogger("mlflow.pyfunc")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 def register(uri: str, run_id: str, name: str, pipeline: Path, how: Mapping[str, Any]) -> str:
     """Put a student into the registry and point the alias at it, unless it is there already.
 
@@ -72,7 +90,7 @@ def register(uri: str, run_id: str, name: str, pipeline: Path, how: Mapping[str,
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        with tempfile.TemporaryDirectory(prefix="raydmd-") as folder, mlflow.start_run(run_id=run_id):
+        with _quiet(), tempfile.TemporaryDirectory(prefix="raydmd-") as folder, mlflow.start_run(run_id=run_id):
             file = Path(folder) / "how.json"
             file.write_text(json.dumps(dict(how)), encoding="utf-8")
             logged = mlflow.pyfunc.log_model(

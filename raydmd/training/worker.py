@@ -21,6 +21,7 @@ from raydmd.models.sizes import training_latents
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
 from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
+from raydmd.training.machine import usage
 from raydmd.training.plan import CyclePlan
 from raydmd.training.ranks import Ranks
 from raydmd.training.roles import TrainedRole, add_adapter
@@ -188,6 +189,7 @@ class Worker:
                 means = {k: sum(v) / len(v) for k, v in seen.items()}
                 row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means, **self.watch.report()}
                 row |= {"cycles": self.plan.cycles, "teacher/retries": self.teacher.retries}
+                row |= usage(self.session.device)
                 seen = {}
                 if save and self.cycle < end:
                     self._save(row)

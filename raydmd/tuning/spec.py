@@ -64,7 +64,7 @@ class Budget(Section):
     hours: Positive | None = None
     """Of this cluster, since the command."""
     gpu_hours: Positive | None = None
-    """Of all clusters' trials."""
+    """That all clusters' trials hold for their workers."""
 
 
 class Versus(Section):

@@ -147,6 +147,7 @@ class Study:
         self._mine[number] = trial._trial_id
         self.beat()
         trial.set_user_attr(OWNER, self._cluster)
+        trial.set_user_attr(SECONDS, 0.0)  # those of an attempt before this one are that one's
         changes, root = self.spec.changes(self._base, trial), root_of(self._frozen(number))
         if self.spec.repeats > 1:
             if REPEAT not in trial.user_attrs:

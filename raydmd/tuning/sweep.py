@@ -173,6 +173,8 @@ def check(spec: Sweep, base: Recipe) -> Prepared:
             f"sweep {spec.name!r}: stopping compares trials on their way, and evaluation.every=0 evaluates at the end "
             "alone; set evaluation.every"
         )
+    if spec.budget.gpu_hours and not base.placement.worker_gpus:
+        raise InputError(f"sweep {spec.name!r}: budget.gpu_hours does nothing where placement.worker_gpus=0")
     for changes, recipe in spec.corners(base):
         try:
             check_method(recipe, prepared.family)

@@ -63,6 +63,8 @@ me = ray.get_runtime_context().get_job_id()
 deadline = time.monotonic() + float(sys.argv[2])
 while True:
     actors = [a.class_name for a in list_actors(limit=9999) if a.state != "DEAD" and a.job_id != me]
+    # Ray Train's own, one for the whole cluster, for as long as it stands.
+    actors = [name for name in actors if name != "_AutoscalingCoordinatorActor"]
     groups = [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
     if not (actors or groups) or time.monotonic() > deadline:
         break
@@ -142,13 +144,26 @@ def test_five_stops_lose_nothing_and_leave_nothing(cluster: dict[str, str], tmp_
         return [row for row in found if row["state"] != "lost"]
 
     trials = tmp_path / "runs" / "stopped" / "trials"
+
+    def trained() -> int:
+        return sum(max((int(r["cycle"]) for r in read_lines(f)), default=0) for f in trials.glob("*/metrics.jsonl"))
+
     stops = 0
-    for how in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        sweep = start()
-        try:
-            # From the first seconds of the command to the middle of training.
-            sweep.wait(timeout=draw.uniform(4, 35))
-        except subprocess.TimeoutExpired:
+    for how, in_training in (
+        (signal.SIGINT, True),
+        (signal.SIGKILL, False),
+        (signal.SIGKILL, True),
+        (signal.SIGINT, False),
+        (signal.SIGKILL, True),
+    ):
+        sweep, before = start(), trained()
+        # In the first seconds of the command, or after some more cycles of its trials.
+        wait, cycles = draw.uniform(4, 20), draw.randrange(5, 60) if in_training else 0
+        begun = time.monotonic()
+        while sweep.poll() is None and (time.monotonic() < begun + wait or trained() < before + cycles):
+            assert time.monotonic() < begun + 300, log.read_text()[-3000:]
+            time.sleep(0.1)
+        if sweep.poll() is None:
             stops += 1
             sweep.send_signal(how)
             code = sweep.wait(timeout=240)
@@ -180,3 +195,4 @@ def test_five_stops_lose_nothing_and_leave_nothing(cluster: dict[str, str], tmp_
     resumed = [e for f in trials.glob("*/events.jsonl") for e in read_lines(f) if e["event"] == "resume"]
     print(f"{stops} stops, {len(resumed)} resumes, trials {sorted(children)}")
     assert stops >= 4
+    assert resumed

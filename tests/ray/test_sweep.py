@@ -63,7 +63,7 @@ def command(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     asked = command(folder, "status", "runs/tiny", "--json")
-    out, _ = asked.communicate(timeout=60)
+    out, _ = asked.communicate(timeout=180)
     assert asked.returncode == 0, out
     found: list[dict[str, Any]] = json.loads(out[out.index("{") :])["trials"]
     return found
@@ -140,15 +140,34 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert f"{sentence} on {beaten(verdict)} of 2 seeds" in out
 
     done = command(tmp_path, "run", "s.yaml", "--cluster", "here")
-    out, _ = done.communicate(timeout=60)
+    out, _ = done.communicate(timeout=180)
     assert done.returncode == 0
     assert "is finished" in out
     assert sentence in out
     for which in ("best", "front"):
         shown = command(tmp_path, which, "runs/tiny")
-        out, _ = shown.communicate(timeout=60)
+        out, _ = shown.communicate(timeout=180)
         assert shown.returncode == 0, out
         assert "finished" in out
+
+
+def test_a_study_of_another_recipe_is_refused_before_the_start(tmp_path: Path) -> None:
+    from raydmd.recipe import Recipe, derive
+    from raydmd.tuning.spec import read_sweep
+    from raydmd.tuning.study import Study
+    from raydmd.tuning.sweep import pinned, storage_url
+
+    given = {k: v for k, v in SWEEP.items() if k != "recipe"}
+    spec, other = read_sweep(given), derive(Recipe(), {**SWEEP["recipe"], "output": tmp_path / "runs", "seed": 5})
+    base = pinned(spec, other)
+    base.output.parent.mkdir(parents=True)
+    Study(spec, base, storage_url(spec, base.output.parent), "there")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+    asked = command(tmp_path, "run", "s.yaml")
+    out, _ = asked.communicate(timeout=180)
+    assert asked.returncode == 2, out
+    assert "is of another sweep: recipe.seed differ" in out
+    assert not (tmp_path / "runs" / "tiny" / "trials").exists()
 
 
 @pytest.mark.parametrize(
@@ -158,12 +177,14 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         ({"space": {"method.guidanse": [1, 2]}}, "did you mean 'method.guidance'"),
         ({"recipe": {**SWEEP["recipe"], "evaluation": {"every": 0}}}, "set evaluation.every"),
         ({"space": {"method.boundaries": {"of": [[0.5, 0.9]]}}}, "boundaries must fall"),
+        ({"budget": {"gpu_hours": 3}}, "does nothing where placement.worker_gpus=0"),
+        ({"space": {"seed": [1, 2]}, "repeats": 2}, "'seed' is not searched"),
     ],
 )
 def test_bad_input_is_refused_before_the_start(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}), encoding="utf-8")
     asked = command(tmp_path, "run", "s.yaml")
-    out, _ = asked.communicate(timeout=60)
+    out, _ = asked.communicate(timeout=180)
     assert asked.returncode == 2, out
     assert message in out
     assert not (tmp_path / "runs" / "tiny" / "study.db").exists()
