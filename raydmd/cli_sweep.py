@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from raydmd.tuning.spec import Sweep
-    from raydmd.tuning.study import Row
 
 FILE = "sweep.yaml"
 """In a sweep's folder: what it was started with."""
@@ -201,9 +200,8 @@ def _run(
     raise typer.Exit(guard(go, None))
 
 
-def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
+def _study(folder: Path, storage: str | None) -> tuple[Sweep, str]:
     from raydmd.tuning.spec import read_sweep
-    from raydmd.tuning.study import rows_of
     from raydmd.tuning.sweep import storage_url
 
     if not (folder / FILE).is_file():
@@ -212,16 +210,18 @@ def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
     if storage:
         given["storage"] = storage
     spec = read_sweep(given)
-    return spec, rows_of(spec, storage_url(spec, folder.absolute()))
+    return spec, storage_url(spec, folder.absolute())
 
 
 def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
     from raydmd.tuning import show
     from raydmd.tuning.repeats import merged
+    from raydmd.tuning.study import rows_of
     from raydmd.tuning.verdict import kept
 
     def tell() -> None:
-        spec, rows = _rows(folder, storage)
+        spec, url = _study(folder, storage)
+        rows = rows_of(spec, url)
         best = show.best_of(rows, spec)
         chosen = {
             "status": rows,
@@ -263,16 +263,18 @@ def _front(folder: _Folder, storage: _Storage = None, as_json: _Json = False) ->
 
 def _stop(
     folder: _Folder,
-    cluster: Annotated[str | None, typer.Option(help="One alone; default: all whose folders are here.")] = None,
+    storage: _Storage = None,
+    cluster: Annotated[str | None, typer.Option(help="One alone; default: all.")] = None,
 ) -> None:
-    """Stop a sweep's commands; trials under way are kept, and the same commands go on with them."""
+    """Stop a sweep's commands, wherever they run; trials under way are kept, and the same commands go on with them."""
 
     def stop() -> None:
-        found = [f for f in sorted((folder / "clusters").glob(cluster or "*")) if f.is_dir()]
-        if not found:
-            raise InputError(f"{folder} has no cluster {cluster or ''} that could be stopped")
-        for f in found:
-            (f / "STOP").touch()
-            typer.echo(f"told {f.name}")
+        from raydmd.tuning.study import tell_to_stop
+
+        tell_to_stop(*_study(folder, storage), cluster)
+        for f in sorted((folder / "clusters").glob(cluster or "*")):
+            if f.is_dir():
+                (f / "STOP").touch()  # those who see this folder need not wait for their next look at the study
+        typer.echo(f"told {cluster or 'all clusters'}")
 
     guard(stop, None)

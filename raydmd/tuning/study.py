@@ -36,6 +36,8 @@ READY = 60.0
 AT = "at "
 """Before the cycle, in the name of what keeps an evaluation's figures."""
 ERROR, OWNER, SECONDS, REPEAT, OF = "error", "owner", "gpu_seconds", "repeat", "of"
+STOP = "stops"
+"""Of a study: whom each word to stop was for, the first one first; null is for all."""
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
@@ -128,6 +130,7 @@ class Study:
         except SQLAlchemyError as error:
             raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
         self._storage = storage
+        self._stops = self._study.user_attrs.get(STOP, [])
 
     @patiently
     def claim(self) -> Claim | None:
@@ -185,6 +188,16 @@ class Study:
             self.patience.missed(error)
 
     @patiently
+    def told_to_stop(self) -> bool:
+        """Whether somebody has told this cluster, or all, to stop since this command began."""
+        try:
+            new = self._study.user_attrs.get(STOP, [])[len(self._stops) :]
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if not is_outage(error):
+                raise
+            return False
+        return any(who in (None, self._cluster) for who in new)
+
     def note(self, number: int, cycle: int, figures: Mapping[str, float], *, gpu_seconds: float = 0.0) -> bool:
         """Keep what an evaluation of a trial has found; whether the trial is still this cluster's."""
         found = {k: float(figures[k]) for k in self.spec.objectives if k in figures}
@@ -313,11 +326,29 @@ def rows_of(spec: Sweep, url: str) -> list[Row]:
     Raises:
         InputError: if there is no such study.
     """
+    return [row_of(t, list(spec.objectives)) for t in _opened(spec, url).get_trials(deepcopy=False)]
+
+
+def tell_to_stop(spec: Sweep, url: str, cluster: str | None) -> None:
+    """Have a cluster's command stop, or all clusters', wherever they run.
+
+    Raises:
+        InputError: if there is no such study, or no such cluster in it.
+    """
+    study = _opened(spec, url)
+    known = {t.user_attrs[OWNER] for t in study.get_trials(deepcopy=False) if OWNER in t.user_attrs}
+    if cluster is not None and cluster not in known:
+        raise InputError(
+            f"study {spec.name!r} has no cluster {cluster!r}; it has {', '.join(sorted(known)) or 'none yet'}"
+        )
+    study.set_user_attr(STOP, [*study.user_attrs.get(STOP, []), cluster])
+
+
+def _opened(spec: Sweep, url: str) -> optuna.Study:
     try:
-        study = optuna.load_study(study_name=spec.name, storage=storage_of(url))
+        return optuna.load_study(study_name=spec.name, storage=storage_of(url))
     except KeyError:
         raise InputError(f"{shown(url)} has no study {spec.name!r}: was it begun?") from None
-    return [row_of(t, list(spec.objectives)) for t in study.get_trials(deepcopy=False)]
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -88,7 +88,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         stop.unlink(missing_ok=True)
         try:
             check_room(base, living_nodes())
-            with stop_on_signals(stop), beating(study), shared(prepared, stop) as pool:
+            with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
@@ -286,13 +286,16 @@ def shared(prepared: Prepared, stop: Path) -> Iterator[Pool | None]:
 
 
 @contextlib.contextmanager
-def beating(study: Study) -> Iterator[None]:
-    """Signs of life, as long as the block lasts."""
+def beating(study: Study, stop: Path) -> Iterator[None]:
+    """Signs of life as long as the block lasts, and an ear for a word to stop that comes through the study."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT):
             study.beat()
+            if not stop.exists() and study.told_to_stop():
+                print("stopping: somebody has told the study to", flush=True)
+                stop.touch()
 
     thread = threading.Thread(target=beat, name="raydmd-beat", daemon=True)
     thread.start()

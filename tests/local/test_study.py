@@ -18,7 +18,7 @@ from raydmd.tuning import study as studies
 from raydmd.tuning.repeats import merged
 from raydmd.tuning.show import as_json, best_of, front, progress, table
 from raydmd.tuning.spec import read_sweep
-from raydmd.tuning.study import Study, rows_of
+from raydmd.tuning.study import Study, rows_of, tell_to_stop
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "ray"))
@@ -245,6 +245,20 @@ def test_a_setting_whose_cluster_dies_is_repeated_as_often(tmp_path: Path) -> No
     assert sorted(claim.changes["seed"] for claim in claims) == [0, 1, 2]
     assert len({claim.changes["method.guidance"] for claim in claims}) == 1
     assert lives.over()
+
+
+def test_a_word_to_stop_reaches_clusters_elsewhere_once(tmp_path: Path) -> None:
+    a, b = (Study(spec(), Recipe(), url(tmp_path), name) for name in ("a", "b"))
+    assert a.claim()
+    assert not a.told_to_stop()
+    with pytest.raises(InputError, match="has no cluster 'aa'; it has a"):
+        tell_to_stop(spec(), url(tmp_path), "aa")
+    tell_to_stop(spec(), url(tmp_path), "a")
+    assert (a.told_to_stop(), b.told_to_stop()) == (True, False)
+    tell_to_stop(spec(), url(tmp_path), None)
+    assert b.told_to_stop()
+    again = Study(spec(), Recipe(), url(tmp_path), "a")  # the same command goes on
+    assert not again.told_to_stop()
 
 
 WORKS = """
