@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -26,8 +27,12 @@ FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeo
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the run's folder, so that the same name never runs twice at once on it.
+
+    Args:
+        folder: is made, if it is not there.
+        patience: seconds that a process before this one may take to go.
 
     Raises:
         InputError: if another process holds it, or it cannot be made.
@@ -38,10 +43,15 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write to output folder {folder}: {error}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
+            time.sleep(0.5)
         yield
 
 

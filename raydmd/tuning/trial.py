@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
 
+GOING = 60.0
+"""Seconds that the same trial's processes of a command before this one, which was killed, may take to go."""
 LEAVE = 300.0
 """Seconds that a run has to stop in, with a checkpoint."""
 
@@ -98,7 +100,7 @@ class RunTrial(tune.Trainable):
     def _work(self) -> None:
         try:
             prepared = prepare(self._recipe)
-            with locked(self._recipe.folder):
+            with locked(self._recipe.folder, patience=GOING):
                 if finished(self._recipe.folder):
                     self._tell(figures_kept(self._recipe))
                     return

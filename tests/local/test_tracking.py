@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe
 from raydmd.tracking import tracker as trackers
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.folder import trained
+from raydmd.training.folder import locked, trained
 from raydmd.training.students import EVALUATIONS
 from raydmd.training.tracked import METRICS, UNSENT, hand_over, send
 
@@ -108,3 +109,23 @@ def test_a_final_checkpoint_counts_once_the_worker_says_it_has_arrived(tmp_path:
     assert trained(tmp_path) is None
     (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "finished", "cycle": 10}\n')
     assert trained(tmp_path) == final
+
+
+def test_a_folder_whose_process_is_about_to_go_is_waited_for(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            held.set()
+            let_go.wait(30)
+
+    held = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(10)
+    with pytest.raises(InputError, match="in progress in another process"), locked(tmp_path):
+        pass
+    threading.Timer(1.0, let_go.set).start()
+    with locked(tmp_path, patience=20):
+        assert let_go.is_set()
+    holder.join()
