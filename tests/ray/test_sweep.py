@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import mlflow
+import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -131,7 +135,17 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     registered = client.get_model_version_by_alias("tiny", "best")
     assert client.get_run(registered.run_id).data.tags["raydmd.trial"] == f"{best:04d}"
     packed = Path(unquote(urlparse(client.get_model_version_download_uri("tiny", registered.version)).path))
-    assert next(packed.rglob("pipeline/model_index.json")).is_file()
+    index = next(packed.rglob("pipeline/model_index.json"))
+    assert index.is_file()
+    # As somebody loads it who knows no raydmd: the same prompt and seed, the same picture.
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    [picture] = mlflow.pyfunc.load_model("models:/tiny@best").predict(["a red cat"], params={"seed": 3})
+    assert picture.shape[-1] == 3
+    how = json.loads(next(packed.rglob("how.json")).read_text())
+    pipe = DiffusionPipeline.from_pretrained(index.parent, **dict.fromkeys(how["absent"]))
+    drawn = pipe("a red cat", generator=torch.Generator().manual_seed(3), output_type="np", **how["call"]).images
+    assert np.array_equal(drawn, picture)
 
     verdict = json.loads((tmp_path / "runs" / "tiny" / "verdict.json").read_text())
     assert verdict["trial"] == best
