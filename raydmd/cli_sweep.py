@@ -203,8 +203,7 @@ def _run(
 
 def _rows(folder: Path, storage: str | None) -> tuple[Sweep, list[Row]]:
     from raydmd.tuning.spec import read_sweep
-    from raydmd.tuning.study import rows_of
-    from raydmd.tuning.sweep import storage_url
+    from raydmd.tuning.study import rows_of, storage_url
 
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} is no sweep's folder: it has no {FILE}")

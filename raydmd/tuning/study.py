@@ -26,6 +26,7 @@ from raydmd.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from raydmd.recipe import Recipe
     from raydmd.tuning.spec import Sweep
@@ -284,6 +285,13 @@ def storage_of(url: str) -> RDBStorage:
             )
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         raise InputError(f"the study's storage {shown(url)} can't be used: {_first(error)}") from None
+
+
+def storage_url(spec: Sweep, folder: Path) -> str:
+    """Of the study."""
+    given = spec.storage or f"sqlite:///{folder / 'study.db'}"
+    # The driver that `raydmd[postgres]` brings; SQLAlchemy would look for an older one.
+    return given.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def rows_of(spec: Sweep, url: str) -> list[Row]:

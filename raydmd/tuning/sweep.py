@@ -30,7 +30,7 @@ from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
-from raydmd.tuning.study import BEAT, Study, shown
+from raydmd.tuning.study import BEAT, Study, shown, storage_url
 from raydmd.tuning.trial import Common, RunTrial
 
 if TYPE_CHECKING:
@@ -112,13 +112,6 @@ def pinned(spec: Sweep, base: Recipe) -> Recipe:
         "tracking.uri": base.tracking.uri or f"sqlite:///{output / 'mlflow.db'}",
     }
     return derive(base, changes)
-
-
-def storage_url(spec: Sweep, folder: Path) -> str:
-    """Of the study."""
-    given = spec.storage or f"sqlite:///{folder / 'study.db'}"
-    # The driver that `raydmd[postgres]` brings; SQLAlchemy would look for an older one.
-    return given.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def check(spec: Sweep, base: Recipe) -> Prepared:
