@@ -61,7 +61,7 @@ def drawn(runs: Sequence[Run], *, most: int = MOST) -> Drawn:
 
 
 def thin(curve: Curve, most: int) -> Curve:
-    """At most so many points: the ends, and of each stretch between them its lowest and its highest, so that spikes stay.
+    """At most so many points: the ends, and the lowest and highest of each stretch between, so that spikes stay.
 
     Args:
         curve: values by cycle, rising.

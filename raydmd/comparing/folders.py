@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import fcntl
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raydmd.comparing.curves import COUNTERS
-from raydmd.comparing.runs import EARLY, EVALUATION, FAILED, FINISHED, RUNNING, STATES, STOPPED, WAITING, Run, curves_of, leaves
+from raydmd.comparing.runs import (
+    EARLY,
+    EVALUATION,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STATES,
+    STOPPED,
+    WAITING,
+    Run,
+    curves_of,
+    leaves,
+)
 from raydmd.errors import InputError
 from raydmd.training.events import read_lines
 from raydmd.training.students import EVALUATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from raydmd.comparing.runs import Curve
     from raydmd.recipe import Recipe
@@ -51,7 +64,7 @@ def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
     curves = curves_of(read_lines(folder / "metrics.jsonl"), skip=COUNTERS)
     curves |= curves_of(read_lines(folder / EVALUATIONS))
     cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)
-    state, error = _state(folder)
+    state, why = _state(folder)
     figures, measured = _figures(folder, curves, planned)
     for key, value in figures.items():
         curve = curves.setdefault(f"{EVALUATION}{key}", [])
@@ -64,7 +77,7 @@ def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
         link=str(report.absolute()) if report.is_file() else "",
         sweep=sweep,
         state=state,
-        error=error,
+        error=why,
         recipe=flat,
         cycles=max(cycles, measured),
         planned=planned,
@@ -117,8 +130,6 @@ def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any]) -> li
 
 def _told(run: Run, state: str, error: str) -> Run:
     """A run as its study sees it; the study knows best, save that a trial may have come farther than was told."""
-    from dataclasses import replace
-
     settled = state in (FINISHED, EARLY, FAILED, RUNNING, WAITING)
     return replace(run, state=state if settled else run.state, error=error or run.error)
 

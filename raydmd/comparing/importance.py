@@ -112,9 +112,7 @@ def _shares(parameters: Sequence[Parameter], costs: dict[int, float]) -> dict[st
                 here = [p for p in parameters if p.has(i)]
                 values = {p.key: _value(p, i) for p in here}
                 own = {p.key: spaces[p.key] for p in here}
-                study.add_trial(
-                    create_trial(state=TrialState.COMPLETE, value=cost, params=values, distributions=own)
-                )
+                study.add_trial(create_trial(state=TrialState.COMPLETE, value=cost, params=values, distributions=own))
             better = max(0.1, min(0.5, BETTER / len(costs)))
             shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=better))
     finally:

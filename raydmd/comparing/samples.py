@@ -97,9 +97,7 @@ def groups(runs: Sequence[Run], sheets: Mapping[int, Sheet]) -> list[Group]:
     for place, sheet in sheets.items():
         recipe = runs[place].recipe
         key = repr((sheet.prompts, [recipe.get(k) for k in SEEDS]))
-        group = found.setdefault(
-            key, Group(sheet.prompts, recipe.get("evaluation.seed"), recipe.get("model.path"))
-        )
+        group = found.setdefault(key, Group(sheet.prompts, recipe.get("evaluation.seed"), recipe.get("model.path")))
         group.students.append((place, [row[-1] for row in sheet.shots]))
         teacher = [row[0] for row in sheet.shots]
         if len(sheet.heads) > 1 and all(shots != teacher for _, shots in group.teachers):

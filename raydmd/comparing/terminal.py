@@ -107,7 +107,9 @@ def _fitting(found: Comparison, taken: int, width: int) -> tuple[list[Parameter]
 def _notes(found: Comparison, left_out: Sequence[Parameter]) -> list[str]:
     notes = []
     if found.front:
-        notes.append(f"* on the front of {' and '.join(f.title for f in found.objectives)}: no other run beats it in all")
+        notes.append(
+            f"* on the front of {' and '.join(f.title for f in found.objectives)}: no other run beats it in all"
+        )
     same = len(found.differences.same)
     notes.append(f"all the same: {same} key{'' if same == 1 else 's'}")
     if left_out:

@@ -236,9 +236,7 @@ def patience(limits: dict[str, str]) -> Iterator[None]:
 
 
 def _found(run: MlflowRun) -> Found:
-    return Found(
-        kind=OF_SWEEP if is_sweep(run) else RUN, name=str(run.info.run_name), id=str(run.info.run_id), run=run
-    )
+    return Found(kind=OF_SWEEP if is_sweep(run) else RUN, name=str(run.info.run_name), id=str(run.info.run_id), run=run)
 
 
 def _pages(search: Any) -> Iterator[Any]:

@@ -26,6 +26,7 @@ from raydmd.training.folder import locked
 from raydmd.training.pools import teacher_pool
 from raydmd.training.run import check_method, prepare, versions
 from raydmd.training.stopping import stop_on_signals
+from raydmd.tuning.compare import PAGE, compare_page
 from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.search import StudySearch
@@ -87,6 +88,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
             ray.shutdown()
         rows = study.rows()
         print(table(rows, spec))
+        if (folder / PAGE).is_file():
+            print(f"compare   {folder / PAGE}")
         if stop.exists() and not study.over():
             raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
         best = best_of(rows, spec)
@@ -193,7 +196,8 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
             if gpu_hours and study.gpu_hours() > gpu_hours:
                 search.close("its GPU hours are used")
     done.result()
-    group.close(study.rows(), spec.objectives)
+    rows = study.rows()
+    group.close(rows, spec.objectives, compare_page(spec, base, rows, folder))
 
 
 def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:

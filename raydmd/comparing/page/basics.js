@@ -36,12 +36,16 @@ const helpOf = Object.fromEntries(data.figures.map((f) => [f.key, f.help]));
 const shortly = (text, most) => (text.length > most ? text.slice(0, Math.max(1, most - 1)) + "…" : text);
 const finished = (run) => run.state === "finished";
 
-// Blue to orange: apart for every kind of eyes, and visible on light and dark paper.
-const RAMP = [[43, 108, 214], [94, 140, 196], [148, 150, 158], [203, 147, 84], [217, 125, 20]];
+// Blue to orange: apart for every kind of eyes, and visible on light and dark paper. Runs that have not finished are
+// grey: their figures are of fewer cycles, and no match for the others'.
+const RAMP = [[37, 99, 214], [66, 148, 190], [140, 168, 116], [212, 154, 40], [214, 92, 20]];
+const GREY = "#8d8f96";
 const places = (() => {
   if (!data.by) return runs.map((_, i) => i);
   const sign = data.by.goal === "max" ? -1 : 1;
-  const worth = (i) => (runs[i].figures[data.by.key] === undefined ? Infinity : sign * runs[i].figures[data.by.key]);
+  const measured = (i) => runs[i].figures[data.by.key] !== undefined;
+  const several = runs.filter((r, i) => finished(r) && measured(i)).length > 1;
+  const worth = (i) => (!measured(i) || (several && !finished(runs[i])) ? Infinity : sign * runs[i].figures[data.by.key]);
   const sorted = runs.map((_, i) => i).sort((a, b) => worth(a) - worth(b) || a - b);
   const found = [];
   sorted.forEach((run, place) => { found[run] = worth(run) === Infinity ? null : place; });
@@ -56,7 +60,7 @@ function mix(share) {
 }
 
 function colour(run) {
-  if (places[run] === null) return "#8d8f96";
+  if (places[run] === null) return GREY;
   return mix(ranked > 1 ? places[run] / (ranked - 1) : 0);
 }
 
@@ -64,7 +68,8 @@ function key() {
   if (!data.by || ranked < 2) return null;
   const bar = el("i");
   bar.style.background = `linear-gradient(90deg, ${RAMP.map((c) => `rgb(${c.join(" ")})`).join(", ")})`;
-  return el("span", { class: "key" }, "best", bar, `worst by ${titled(data.by)}`);
+  const grey = places.includes(null) ? [el("i", { class: "grey" }), "not finished"] : [];
+  return el("span", { class: "key" }, "best", bar, `worst by ${titled(data.by)}`, ...grey);
 }
 
 // What is pointed at, pinned by a click, or kept by a range on an axis; every drawing follows.

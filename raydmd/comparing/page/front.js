@@ -11,9 +11,10 @@ function drawFront() {
   const options = usable.map((k) => ({ value: k, label: named(k) }));
   const container = find("#front .chart");
 
+  const box = el("input", { type: "checkbox", onchange: () => redraw() });
   const redraw = responsive(container, (width) => {
     const height = Math.max(320, Math.min(470, width * 0.5));
-    const shown = runs.map((_, i) => i).filter((i) => runs[i].figures[xKey] !== undefined && runs[i].figures[yKey] !== undefined);
+    const shown = runs.map((_, i) => i).filter((i) => runs[i].figures[xKey] !== undefined && runs[i].figures[yKey] !== undefined && (!box.checked || finished(runs[i])));
     const at = (i) => [runs[i].figures[xKey], runs[i].figures[yKey]];
     const svg = draw("svg", { width, height, role: "img", "aria-label": `${yKey} against ${xKey}` });
     container.append(svg);
@@ -53,13 +54,14 @@ function drawFront() {
       best.length ? `${best.length === 1 ? "One finished run beats" : `${best.length} finished runs are on the front: no other beats one of them in both, and together they beat`} all others.` :
         goalOf[xKey] && goalOf[yKey] ? "No finished run has both figures." : "Of one of these figures neither way is better: there is no front.",
       open ? `Hollow: ${open} not finished, with the figures they had last.` : "",
-      missing ? `Not drawn: ${missing} without these figures.` : "",
+      missing ? `Not drawn: ${missing} ${box.checked ? "not finished, or " : ""}without these figures.` : "",
     ].filter(Boolean).join(" ");
   });
 
   find("#front .bar").append(
     choice("across", options, xKey, (value) => { xKey = value; redraw(); }),
     choice("up", options, yKey, (value) => { yKey = value; redraw(); }),
+    ...(runs.some(finished) && !runs.every(finished) ? [el("label", {}, box, "finished runs alone")] : []), ...(key() ? [key()] : []),
   );
 
   function edge(of, at) {

@@ -38,7 +38,8 @@ function drawParallel() {
   const redraw = responsive(container, (given) => {
     const left = 40, right = 80;
     const width = Math.max(given, left + right + (axes.length - 1) * 105);
-    const height = 380, top = 42, bottom = 334, none = 360;
+    const absent = axes.some((axis) => runs.some((r) => axis.of(r) === undefined || axis.of(r) === null));
+    const top = 42, bottom = 334, none = absent ? 364 : bottom, height = none + 20;
     const step = axes.length > 1 ? (width - left - right) / (axes.length - 1) : 0;
     const svg = draw("svg", { width, height, role: "img", "aria-label": "parameters and figures of all runs" });
     container.append(svg);
@@ -68,7 +69,7 @@ function drawParallel() {
       svg.append(draw("text", { class: "strong", x: n === 0 ? axis.x - 34 : axis.x, y: 16, "text-anchor": anchor }, shortly(axis.label, letters), draw("title", {}, axis.id)));
       if (axis.log) svg.append(draw("text", { x: n === 0 ? axis.x - 34 : axis.x, y: 31, "text-anchor": anchor }, "log"));
       for (const [value, text] of axis.ticks) {
-        svg.append(draw("text", { class: "halo", x: axis.x + 7, y: axis.y(value) + 4 }, shortly(text, letters - 1)), draw("line", { class: "axis", x1: axis.x - 3, x2: axis.x + 3, y1: axis.y(value), y2: axis.y(value) }));
+        svg.append(draw("text", { class: "halo", x: axis.x + 7, y: axis.y(value) + (axis.numeric ? 4 : -5) }, shortly(text, letters - 1)), draw("line", { class: "axis", x1: axis.x - 3, x2: axis.x + 3, y1: axis.y(value), y2: axis.y(value) }));
       }
       if (axis.absent) svg.append(draw("text", { class: "halo", x: axis.x + 7, y: none + 4 }, "none"));
       const mark = draw("rect", { class: "brush", x: axis.x - 7, width: 14, y: 0, height: 0 });
