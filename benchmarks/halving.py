@@ -20,7 +20,7 @@ from raydmd.recipe_evaluation import Evaluation
 from raydmd.training.events import read_lines
 from raydmd.training.run import quiet
 from raydmd.tuning.spec import read_sweep
-from raydmd.tuning.study import rows_of
+from raydmd.tuning.study import rows_of, storage_url
 from raydmd.tuning.sweep import pinned, sweep
 from raydmd.zoo.settings import SWEPT, on_zoo
 

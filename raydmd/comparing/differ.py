@@ -19,6 +19,8 @@ DECADES = 100.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
 SPREAD = 6
 """Lists of numbers with more different values than this are shown number by number."""
+TAKEN = ("run", "state", "cycles")
+"""Heads of a table's other columns."""
 ABSENT = object()
 
 
@@ -78,7 +80,7 @@ def differences(runs: Sequence[Run]) -> Differences:
         else:
             found[key] = values
     found = _spread(_sections(found, same))
-    labels = short_labels(list(found))
+    labels = short_labels(list(found), TAKEN)
     return Differences(tuple(_parameter(key, labels[key], values) for key, values in found.items()), same)
 
 
@@ -104,13 +106,19 @@ def short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def short_labels(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted keys that tell them apart."""
+def short_labels(keys: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
+    """The shortest endings of dotted keys that tell them apart.
+
+    Args:
+        keys: of a recipe.
+        taken: labels that mean something else.
+    """
     found: dict[str, str] = {}
     for key in keys:
         parts = key.split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        found[key] = next((end for end in ends if sum(k == end or k.endswith(f".{end}") for k in keys) == 1), key)
+        own = [e for e in ends if e not in taken and sum(k == e or k.endswith(f".{e}") for k in keys) == 1]
+        found[key] = own[0] if own else key
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydmd.comparing.folders import is_run, read_run, read_sweep
-from raydmd.comparing.runs import once
+from raydmd.comparing.runs import numbered, once
 from raydmd.errors import InputError
 from raydmd.recipe_io import nearest
 
@@ -88,7 +88,11 @@ def gather(what: Sequence[str], tracking: str | None, study: Callable[[Path], Sw
             raise _absent(name, tracking, reader)
         if (folder / SWEEP_FILE).is_file():
             facts = study(folder)
-            runs = read_sweep(folder, facts.name, facts.base, facts.rows)
+            known = {run.sweep for run in found.runs}
+            own = numbered([*known, facts.name])[-1]
+            if own != facts.name:
+                found.notes.append(f"sweep {own} is {folder.absolute()}")
+            runs = read_sweep(folder, own, facts.base, facts.rows)
             if not runs:
                 raise InputError(f"sweep '{facts.name}' in {folder} has no trials yet")
             found.runs += runs

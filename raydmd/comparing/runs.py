@@ -95,20 +95,25 @@ def curves_of(rows: Iterable[Mapping[str, Any]], skip: Sequence[str] = ()) -> di
 
 
 def named_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each with a name of its own: with its sweep where names clash, then with a number."""
+    """The runs, each with a name of its own: with its sweep's where there are several, then with a number."""
     names = [run.name for run in runs]
     several = len({run.sweep for run in runs if run.sweep}) > 1
     clashing = several or len(set(names)) < len(names)
     if clashing:
         names = [f"{run.sweep}/{run.name}" if run.sweep else run.name for run in runs]
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if names.count(name) > 1:
-            names[i] = f"{name} ({seen[name]})"
-            while names.count(names[i]) > 1:
-                names[i] += "'"
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, numbered(names), strict=True)]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, later ones with a number where they come again."""
+    found: list[str] = []
+    for name in names:
+        count, own = 1, name
+        while own in found:
+            count += 1
+            own = f"{name} ({count})"
+        found.append(own)
+    return found
 
 
 def once(runs: Iterable[Run]) -> list[Run]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from mlflow.entities import Run as MlflowRun
 
+    from raydmd.comparing.runs import Curve
+
 STATES = {"FINISHED": FINISHED, "RUNNING": RUNNING, "FAILED": FAILED, "KILLED": STOPPED, "SCHEDULED": WAITING}
 REPORT = "report.html"
 
@@ -66,7 +68,7 @@ def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[in
     run_id, tags = str(run.info.run_id), run.data.tags
     recipe = {k: _value(v) for k, v in run.data.params.items()}
     planned = int(recipe.get("training.cycles") or 0)
-    curves = {}
+    curves: dict[str, Curve] = {}
     for name, points in history.items():
         curves |= curves_of({"cycle": step, name: value} for _, step, value in points) if name != "cycle" else {}
     cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)

@@ -159,7 +159,8 @@ class Reader:
         parts = [(key, ids[i : i + BULK]) for key, ids in wanted.items() for i in range(0, len(ids), BULK)]
         points: dict[str, dict[str, list[tuple[int, int, float]]]] = {run.info.run_id: {} for run in runs}
         with patience(LATER), ThreadPoolExecutor(AT_ONCE if self.served else 1) as pool:
-            for (key, _), rows in zip(parts, pool.map(lambda part: self._history(*part, most), parts), strict=True):
+            found = pool.map(lambda part: self._history(part[0], part[1], most), parts)
+            for (key, _), rows in zip(parts, found, strict=True):
                 for run_id, at, step, value in rows:
                     points[run_id].setdefault(key, []).append((at, step, value))
         for metrics in points.values():
@@ -211,7 +212,8 @@ class Reader:
         from mlflow.utils.rest_utils import http_request
 
         asked = {"run_ids": list(ids), "metric_key": key, "max_results": most}
-        answer = http_request(get_default_host_creds(self.uri), HISTORY, "GET", params=asked)
+        host = get_default_host_creds(self.uri)  # type: ignore[no-untyped-call]
+        answer = http_request(host, HISTORY, "GET", params=asked)  # type: ignore[no-untyped-call]
         if answer.status_code != 200:
             raise OSError(f"{HISTORY}: {answer.status_code}")
         rows: list[dict[str, Any]] = answer.json().get("metrics", [])
