@@ -20,8 +20,9 @@ from raydmd.recipe_evaluation import Evaluation
 from raydmd.training.events import read_lines
 from raydmd.training.run import quiet
 from raydmd.tuning.spec import read_sweep
+from raydmd.tuning.storage import storage_url
 from raydmd.tuning.study import rows_of
-from raydmd.tuning.sweep import pinned, storage_url, sweep
+from raydmd.tuning.sweep import pinned, sweep
 from raydmd.zoo.settings import SWEPT, on_zoo
 
 if TYPE_CHECKING:

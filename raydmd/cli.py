@@ -16,6 +16,7 @@ from pydantic_core import to_jsonable_python
 
 import raydmd
 from raydmd import recipe_io
+from raydmd.cli_compare import compare
 from raydmd.cli_faults import guard
 from raydmd.cli_sweep import sweep_commands
 from raydmd.cli_words import FLAGS, PASS_ON, read_overrides
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     app.command("sample")(_sample)
     app.add_typer(sweep_commands(), name="sweep", help="Search over recipes.")
+    app.command("compare")(compare)
     app.command("track")(_track)
     app.command("top")(_top)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)

@@ -202,7 +202,7 @@ def _run(
 
 def _study(folder: Path, storage: str | None) -> tuple[Sweep, str]:
     from raydmd.tuning.spec import read_sweep
-    from raydmd.tuning.sweep import storage_url
+    from raydmd.tuning.storage import storage_url
 
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} is no sweep's folder: it has no {FILE}")

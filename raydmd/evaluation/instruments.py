@@ -10,7 +10,7 @@ import torch
 from raydmd.evaluation.distances import embed, frechet, precision_recall, vendi
 from raydmd.evaluation.diversity import distance_diversity, pairwise_diversity
 from raydmd.evaluation.features import ImageFeatures, load_features
-from raydmd.evaluation.table import Column
+from raydmd.evaluation.table import LPIPS, NETWORKS, REWARD, named
 from raydmd.rewards.build import load
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from raydmd.evaluation.perceptual import Lpips
     from raydmd.evaluation.samples import Samples
+    from raydmd.evaluation.table import Column
     from raydmd.recipe_evaluation import Evaluation as Settings
     from raydmd.rewards.base import Reward
 
@@ -48,22 +49,10 @@ class Instruments:
 
     def columns(self) -> tuple[Column, ...]:
         """What :meth:`measure` finds."""
-        found = [
-            column
-            for name in self.networks
-            for column in (
-                Column(f"frechet_{name}", f"Fréchet {name}", "low", 2, f"distance to the teacher's clips in {name}"),
-                Column(f"diversity_{name}", f"diversity {name}", "high", 3, f"1 - mean cosine of a prompt's {name}"),
-                Column(f"precision_{name}", f"precision {name}", "high", 3, "share near the teacher's clips", False),
-                Column(
-                    f"recall_{name}", f"recall {name}", "high", 3, "share of the teacher's clips that are near", False
-                ),
-                Column(f"vendi_{name}", f"Vendi {name}", "teacher", 1, f"effective number of clips in {name}", False),
-            )
-        ]
+        found = [named(column, name) for name in self.networks for column in NETWORKS]
         if self.lpips is not None:
-            found.append(Column("diversity_lpips", "LPIPS", "high", 3, "mean LPIPS between samples of a prompt"))
-        return (*found, *(Column(f"reward_{n}", n, "high", 2, f"mean of the reward {n}") for n in self.rewards))
+            found.append(LPIPS)
+        return (*found, *(named(REWARD, n) for n in self.rewards))
 
     def measure(self, samples: Samples) -> dict[str, float | None]:
         """Figures of one sampler; the first one measured is the reference of all.

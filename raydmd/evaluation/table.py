@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raydmd.zoo.judge import LANGUAGES
@@ -56,3 +56,31 @@ COLUMNS = (
     Column("saturation", "saturation", "teacher", 3, "mean chroma, largest minus smallest channel"),
 )
 """What a zoo's judge, motion and colours tell."""
+
+NETWORKS = (
+    Column("frechet_{}", "Fréchet {}", "low", 2, "distance to the teacher's clips in {}"),
+    Column("diversity_{}", "diversity {}", "high", 3, "1 - mean cosine of a prompt's {}"),
+    Column("precision_{}", "precision {}", "high", 3, "share near the teacher's clips", False),
+    Column("recall_{}", "recall {}", "high", 3, "share of the teacher's clips that are near", False),
+    Column("vendi_{}", "Vendi {}", "teacher", 1, "effective number of clips in {}", False),
+)
+"""What each named network tells."""
+LPIPS = Column("diversity_lpips", "LPIPS", "high", 3, "mean LPIPS between samples of a prompt")
+REWARD = Column("reward_{}", "{}", "high", 2, "mean of the reward {}")
+
+
+def named(column: Column, name: str) -> Column:
+    """A column of :data:`NETWORKS`, or :data:`REWARD`, for one network or reward."""
+    filled = {part: getattr(column, part).replace("{}", name) for part in ("key", "label", "help")}
+    return replace(column, **filled)
+
+
+def column(key: str) -> Column | None:
+    """What a figure of an evaluation is, by its name; ``None`` for one that no evaluation has."""
+    if found := next((c for c in (*COLUMNS, LPIPS) if c.key == key), None):
+        return found
+    for kind in (*NETWORKS, REWARD):
+        beginning = kind.key.removesuffix("{}")
+        if key.startswith(beginning) and key != beginning:
+            return named(kind, key.removeprefix(beginning))
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from raydmd.errors import InputError
+from raydmd.tracking.reader import OBJECTIVES, SWEEP
 from raydmd.tracking.tracker import experiment_of, flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from raydmd.recipe import Recipe
 
@@ -52,7 +55,7 @@ class Group:
             client = MlflowClient(tracking_uri=uri)
 
             def make() -> str:
-                run = client.create_run(experiment_of(client, base), run_name=name, tags={**tags, "raydmd.sweep": name})
+                run = client.create_run(experiment_of(client, base), run_name=name, tags={**tags, SWEEP: name})
                 made: str = run.info.run_id
                 for key, value in flatten(base.model_dump(mode="json", exclude={"tracking"})):
                     client.log_param(made, key, value[:6000])
@@ -69,19 +72,28 @@ class Group:
 
     def tags(self) -> dict[str, str]:
         """Of the runs below it."""
-        return {MLFLOW_PARENT_RUN_ID: self.run_id, "raydmd.sweep": self._name}
+        return {MLFLOW_PARENT_RUN_ID: self.run_id, SWEEP: self._name}
 
-    def close(self, rows: Sequence[Any], objectives: Mapping[str, str]) -> None:
-        """Write the best of each objective so far, and end the run; a server that is away does not undo a sweep."""
+    def close(self, rows: Sequence[Any], objectives: Mapping[str, str], files: Sequence[Path] = ()) -> None:
+        """Write the best of each objective so far, and end the run; a server that is away does not undo a sweep.
+
+        Args:
+            rows: the trials.
+            objectives: with their goals.
+            files: that belong to the sweep.
+        """
         now = int(time.time() * 1000)
         done = [row for row in rows if row.values]
         try:
+            self._client.set_tag(self.run_id, OBJECTIVES, json.dumps(dict(objectives)))
             if done:
                 best = {
                     k: (min if goal == "min" else max)(row.values[k] for row in done) for k, goal in objectives.items()
                 }
                 metrics = [Metric(f"best/{k}", v, now, len(done)) for k, v in best.items()]
                 self._client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("raydmd.finished", str(len(done)))])
+            for file in files:
+                self._client.log_artifact(self.run_id, str(file))
             self._client.set_terminated(self.run_id, status="FINISHED")
         except Exception as error:  # whatever the client raises, the study has it all
             print(f"tracking: the sweep's results did not reach MLflow ({type(error).__name__}: {error})", flush=True)

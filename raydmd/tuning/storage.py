@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from raydmd.tuning.spec import Sweep
+
 BEAT = 10
 """Seconds between signs of life of a running trial."""
 GRACE = 60
@@ -57,6 +59,13 @@ def storage_of(url: str) -> RDBStorage:
                 raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
         time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
+
+
+def storage_url(spec: Sweep, folder: Path) -> str:
+    """Of the study of a sweep that is kept in a folder."""
+    given = spec.storage or f"sqlite:///{folder / 'study.db'}"
+    # The driver that `raydmd[postgres]` brings; SQLAlchemy would look for an older one.
+    return given.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 class Patience:

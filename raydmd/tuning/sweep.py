@@ -28,12 +28,13 @@ from raydmd.training.pools import teacher_pool
 from raydmd.training.run import check_method, prepare, versions
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.tracked import UNSENT, send
+from raydmd.tuning.compare import PAGE, compare_page
 from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
 from raydmd.tuning.repeats import merged
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
-from raydmd.tuning.storage import BEAT, shown
+from raydmd.tuning.storage import BEAT, shown, storage_url
 from raydmd.tuning.study import Study
 from raydmd.tuning.trial import Common, RunTrial
 from raydmd.tuning.verdict import judge, kept
@@ -93,7 +94,10 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
                     conduct(spec, base, study, pool, stop, folder, tags)
-                group.close(merged(study.rows(), spec.repeats), spec.objectives)
+                    study.give_back()
+                rows = study.rows()
+                pages = compare_page(spec, base, rows, folder)
+                group.close(merged(rows, spec.repeats), spec.objectives, pages)
                 conclude(spec, study, prepared, pool, stop, tags)
         finally:
             study.give_back()
@@ -112,6 +116,8 @@ def conclude(
     """
     base, rows = prepared.recipe, study.rows()
     print(table(rows, spec))
+    if (page := base.output.parent / PAGE).is_file():
+        print(f"compare   {page}")
     send_rest(base)
     if stop.exists() and not study.over():
         raise RunStopped(f"sweep '{spec.name}' stopped; the same command goes on with it")
@@ -145,13 +151,6 @@ def pinned(spec: Sweep, base: Recipe) -> Recipe:
         "tracking.uri": base.tracking.uri or f"sqlite:///{output / 'mlflow.db'}",
     }
     return derive(base, changes)
-
-
-def storage_url(spec: Sweep, folder: Path) -> str:
-    """Of the study."""
-    given = spec.storage or f"sqlite:///{folder / 'study.db'}"
-    # The driver that `raydmd[postgres]` brings; SQLAlchemy would look for an older one.
-    return given.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def check(spec: Sweep, base: Recipe) -> Prepared:

@@ -44,10 +44,12 @@ ORDER = [
     "evaluation",
     "planning",
     "training",
+    "comparing",
     "tuning",
     "cli_faults",
     "cli_words",
     "cli_sweep",
+    "cli_compare",
     "cli",
     "__main__",
 ]
@@ -78,6 +80,7 @@ NEVER = {
     "zoo": ["ray", "mlflow"],
     "rewards": ["ray", "mlflow"],
     "tracking": ["ray"],
+    "comparing": ["ray"],
 }
 
 

@@ -1,0 +1,179 @@
+"""Runs as their folders tell them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from raydmd.comparing.curves import COUNTERS
+from raydmd.comparing.runs import (
+    EARLY,
+    EVALUATION,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STATES,
+    STOPPED,
+    WAITING,
+    Run,
+    curves_of,
+    leaves,
+)
+from raydmd.errors import InputError
+from raydmd.training.events import read_lines
+from raydmd.training.students import EVALUATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from raydmd.comparing.runs import Curve
+    from raydmd.recipe import Recipe
+
+RECIPE, RESULT, REPORT = "recipe.yaml", "result.json", "report.html"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / RECIPE).is_file()
+
+
+def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
+    """A run, whatever state it is in.
+
+    Args:
+        folder: of the run.
+        sweep: that it is a trial of.
+        name: to show; default: the folder's.
+
+    Raises:
+        InputError: if its recipe can't be read.
+    """
+    try:
+        recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RECIPE} can't be read: {_first(error)}") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{folder / RECIPE} holds no recipe")
+    flat = leaves(recipe)
+    planned = int(flat.get("training.cycles") or 0)
+    curves = curves_of(read_lines(folder / "metrics.jsonl"), skip=COUNTERS)
+    curves |= curves_of(read_lines(folder / EVALUATIONS))
+    cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)
+    state, why = _state(folder)
+    figures, measured = _figures(folder, curves, planned)
+    for key, value in figures.items():
+        curve = curves.setdefault(f"{EVALUATION}{key}", [])
+        if not curve or curve[-1][0] < measured:
+            curve.append((measured, value))
+    report = folder / REPORT
+    return Run(
+        name=name or folder.name,
+        place=str(folder.absolute()),
+        link=str(report.absolute()) if report.is_file() else "",
+        sweep=sweep,
+        state=state,
+        error=why,
+        recipe=flat,
+        cycles=max(cycles, measured),
+        planned=planned,
+        measured=measured,
+        figures=figures,
+        curves=curves,
+        report=lambda: report.read_text(encoding="utf-8") if report.is_file() else None,
+    )
+
+
+def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any]) -> list[Run]:
+    """A sweep's trials: from their folders, and from the study what these do not know.
+
+    Args:
+        folder: of the sweep.
+        name: of the sweep.
+        base: the recipe that its trials differ from.
+        rows: of its study, see :class:`raydmd.tuning.study.Row`.
+    """
+    found = []
+    for row in rows:
+        if row.state == "lost":  # its successor is there
+            continue
+        own = f"{row.root:04d}"
+        place = folder / "trials" / own
+        here = read_run(place, sweep=name, name=own) if is_run(place) else None
+        state = row.state if row.state in STATES else STOPPED
+        at: dict[int, dict[str, float]] = dict(sorted(row.at.items()))
+        if here is None:  # of another cluster, or not begun
+            curves: dict[str, Curve] = {}
+            for cycle, values in at.items():
+                for key, value in values.items():
+                    curves.setdefault(f"{EVALUATION}{key}", []).append((cycle, float(value)))
+            recipe = leaves(base.model_dump(mode="json")) | dict(row.changes) if row.changes else {}
+            measured = max(at, default=0)
+            here = Run(
+                name=own,
+                place=str(place.absolute()),
+                sweep=name,
+                recipe=recipe,
+                cycles=measured,
+                planned=base.training.cycles,
+                measured=measured,
+                figures=row.values or at.get(measured, {}),
+                curves=curves,
+            )
+        found.append(_told(here, state, row.error))
+    return found
+
+
+def _told(run: Run, state: str, error: str) -> Run:
+    """A run as its study sees it; the study knows best, save that a trial may have come farther than was told."""
+    settled = state in (FINISHED, EARLY, FAILED, RUNNING, WAITING)
+    return replace(run, state=state if settled else run.state, error=error or run.error)
+
+
+def _state(folder: Path) -> tuple[str, str]:
+    """A run's state, and why it failed."""
+    if (folder / RESULT).is_file():
+        return FINISHED, ""
+    if _held(folder / "lock"):
+        return RUNNING, ""
+    last = None
+    for event in read_lines(folder / "events.jsonl"):
+        if event.get("event") in ("failed", "stopped", "finished", "start", "resume"):
+            last = event
+    if last and last["event"] == "failed":
+        return FAILED, str(last.get("message", "")).strip().partition("\n")[0]
+    return STOPPED, str(last.get("alarm") or "") if last else ""
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a run's folder."""
+    try:
+        with lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _figures(folder: Path, curves: Mapping[str, Curve], planned: int) -> tuple[dict[str, float], int]:
+    """The student's figures, and after how many cycles they were taken: the last ones, else those on the way."""
+    try:
+        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["rows"]
+        row = next(r for r in rows if r["name"] == "student")
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        row = None
+    if row is not None:
+        return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k != "clips"}, planned
+    of_evaluations = {k.removeprefix(EVALUATION): c for k, c in curves.items() if k.startswith(EVALUATION) and c}
+    measured = max((curve[-1][0] for curve in of_evaluations.values()), default=0)
+    return {k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured and k != "clips"}, measured
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
