@@ -227,7 +227,7 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
             "front": show.front(rows, spec.objectives),
         }[which]
         if as_json:
-            typer.echo(json.dumps(show.as_json(chosen, spec), indent=1))
+            typer.echo(json.dumps(show.as_json(rows, spec, only=chosen), indent=1))
             return
         if which == "status":
             typer.echo(show.progress(rows, spec))
@@ -238,6 +238,8 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
             typer.echo(show.table(rows, spec, only=chosen))
             for row in chosen[:1] if which == "best" else chosen:
                 typer.echo(f"trial {row.root:04d}   {folder / 'trials' / f'{row.root:04d}'}")
+                if stretches := show.scheduled(rows, row):
+                    typer.echo(stretches)
 
     guard(tell, None)
 

@@ -57,7 +57,9 @@ class Tracker:
             if file.is_file():
                 run_id = file.read_text().strip()
                 client.set_terminated(run_id, status="RUNNING")
-                return cls(client, run_id)
+                known = cls(client, run_id)
+                known.tag(tags)  # of this attempt: its versions, and what a population has made of its settings
+                return known
             run = client.create_run(experiment_of(client, recipe), run_name=recipe.name, tags=dict(tags))
         except (MlflowException, OSError) as error:
             raise InputError(f"tracking.uri {uri}: {error}") from error

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from raydmd.errors import InputError
+from raydmd.tuning.population import Entry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ READY = 60.0
 """Seconds that another cluster may take to set up the study it has just made."""
 AT = "at "
 """Before the cycle, in the name of what keeps an evaluation's figures."""
-ERROR, OWNER, SECONDS = "error", "owner", "gpu_seconds"
+ERROR, OWNER, SECONDS, LINEAGE = "error", "owner", "gpu_seconds", "lineage"
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
@@ -72,6 +73,7 @@ class Row:
         values: of the objectives, once it has finished.
         at: figures of its evaluations by cycle.
         error: why it failed.
+        lineage: settings that a member of a population has had, the first ones first.
     """
 
     number: int
@@ -82,6 +84,7 @@ class Row:
     values: dict[str, float]
     at: dict[int, dict[str, float]]
     error: str
+    lineage: tuple[Entry, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -170,6 +173,16 @@ class Study:
         with contextlib.suppress(UpdateFinishedTrialError):  # it was taken for lost: then another has it
             self._storage.set_trial_user_attr(self._mine[number], f"{AT}{cycle}", found)
             self._storage.set_trial_user_attr(self._mine[number], SECONDS, gpu_seconds)
+
+    def numbers(self, number: int) -> dict[str, Any]:
+        """What a trial's settings were made of when it was first claimed."""
+        return dict(self._frozen(number).params)
+
+    def descend(self, number: int, lineage: Sequence[Entry]) -> None:
+        """Keep which settings a member of a population has had; the last ones are its own now."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(self._mine[number], LINEAGE, [e.plain() for e in lineage])
+            self._storage.set_trial_user_attr(self._mine[number], "changes", lineage[-1].changes)
 
     def finished(self, number: int, figures: Mapping[str, float]) -> None:
         """Tell a trial's end; one that has no figure of an objective has failed."""
@@ -260,7 +273,7 @@ class Study:
     def _sampler(self, number: int) -> BaseSampler:
         # Anew for each trial, seeded by its number: the same whoever asks, and after whatever restart.
         seed = self.spec.search.seed * 1_000_003 + number
-        if self.spec.search.kind == "tpe":
+        if self.spec.search.kind == "tpe" and not self.spec.population:  # whose members all start knowing nothing
             with quiet():
                 return TPESampler(seed=seed, n_startup_trials=self.spec.search.startup, constant_liar=True)
         return RandomSampler(seed=seed)
@@ -330,6 +343,7 @@ def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
         values=dict(zip(objectives, values, strict=True)) if values else {},
         at={int(k.removeprefix(AT)): dict(v) for k, v in sorted(attrs.items()) if k.startswith(AT)},
         error=str(attrs.get(ERROR, "")),
+        lineage=tuple(Entry(**entry) for entry in attrs.get(LINEAGE, ())),
     )
 
 

@@ -28,13 +28,15 @@ from raydmd.training.run import check_method, prepare, versions
 from raydmd.training.stopping import stop_on_signals
 from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
+from raydmd.tuning.members import Members, only_here
+from raydmd.tuning.population import check_population, check_shapes, state_shape
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
 from raydmd.tuning.study import BEAT, Study, shown
 from raydmd.tuning.trial import Common, RunTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from raydmd.recipe import Recipe
@@ -68,6 +70,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
     prepared = check(spec, base)
     with locked(folder / "clusters" / cluster):
         study = Study(spec, base, storage_url(spec, folder), cluster)
+        if spec.population:
+            only_here(study, spec, cluster)
         if left := study.give_back():
             print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
         if study.over():
@@ -81,7 +85,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         try:
             check_room(base, living_nodes())
             with stop_on_signals(stop), beating(study), shared(prepared, stop) as pool:
-                conduct(spec, base, study, pool, stop, folder)
+                conduct(spec, prepared, study, pool, stop, folder)
         finally:
             study.give_back()
             ray.shutdown()
@@ -140,22 +144,40 @@ def check(spec: Sweep, base: Recipe) -> Prepared:
             f"sweep {spec.name!r}: stopping compares trials on their way, and evaluation.every=0 evaluates at the end "
             "alone; set evaluation.every"
         )
+    check_population(spec, base)
     for changes, recipe in spec.corners(base):
         try:
             check_method(recipe, prepared.family)
         except InputError as error:
             said = ", ".join(f"{k}={v}" for k, v in changes.items())
             raise InputError(f"sweep {spec.name!r} can come to {said}: {error}") from None
+    if spec.population:
+        check_shapes(spec, spec.corners(base), prepared.family)
     return prepared
 
 
-def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Path, folder: Path) -> None:
+def fitting(spec: Sweep, prepared: Prepared) -> Callable[[Recipe], None]:
+    """What refuses a recipe that can't be run, or that can't go on from the training states of the others."""
+    _, any_of_them = next(spec.corners(prepared.recipe))
+    shape = state_shape(any_of_them, prepared.family)
+
+    def fits(recipe: Recipe) -> None:
+        check_method(recipe, prepared.family)
+        if state_shape(recipe, prepared.family) != shape:
+            raise InputError("it would train other networks")
+
+    return fits
+
+
+def conduct(spec: Sweep, prepared: Prepared, study: Study, pool: Pool | None, stop: Path, folder: Path) -> None:
     """Tune's part of a sweep, on the cluster that this process is connected to."""
+    base = prepared.recipe
     room = parallel_runs(base, living_nodes())
     parallel = min(spec.parallel or room, room)
     print(f"{parallel} trial(s) at a time", flush=True)
     group = Group.open(base, spec.name, study.attribute, versions())
-    search = StudySearch(study, Common(base, group.tags()))
+    common = Common(base, group.tags())
+    search, scheduler = searcher(spec, prepared, study, common, stop)
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -165,7 +187,7 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
         tune.with_resources(RunTrial, {"cpu": 0.01}),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=Halving.of(spec, base, study, search) if spec.stopping else None,
+            scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=parallel,
             reuse_actors=True,
@@ -201,6 +223,16 @@ def conduct(spec: Sweep, base: Recipe, study: Study, pool: Pool | None, stop: Pa
                 search.close("its GPU hours are used")
     done.result()
     group.close(study.rows(), spec.objectives)
+
+
+def searcher(
+    spec: Sweep, prepared: Prepared, study: Study, common: Common, stop: Path
+) -> tuple[StudySearch | Members, Halving | None]:
+    """What Tune asks for trials, and what ends them early, if anything does."""
+    if spec.population:
+        return Members(spec, study, common, fitting(spec, prepared), stop), None
+    search = StudySearch(study, common)
+    return search, Halving.of(spec, prepared.recipe, study, search) if spec.stopping else None
 
 
 def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:

@@ -16,9 +16,10 @@ from ray import tune
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
 from raydmd.training.cluster import settle
-from raydmd.training.folder import finished, locked, same_run
+from raydmd.training.folder import PATIENCE, finished, locked, same_run
 from raydmd.training.run import Surroundings, conduct, prepare
 from raydmd.training.students import EVALUATION
+from raydmd.training.takeover import LEG, end_leg
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +46,9 @@ class Common:
 class RunTrial(tune.Trainable):
     """Runs a recipe in a thread; each step of Tune's is an evaluation, the last one that of the finished run.
 
-    Configured by ``number``, ``root`` and ``changes`` of a :class:`~raydmd.tuning.study.Claim`, and ``common``.
+    Configured by ``number``, ``root`` and ``changes`` of a :class:`~raydmd.tuning.study.Claim`, and ``common``; for a
+    member of a population also by ``until``, the cycle that this leg of its run ends at, with a checkpoint and all its
+    processes gone.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -91,6 +94,7 @@ class RunTrial(tune.Trainable):
         self._tags = {**common.tags, "raydmd.trial": name}
         self._stop = self._recipe.folder / "STOP"
         self._stop.unlink(missing_ok=True)  # an earlier attempt's; from here on it is this one's
+        self._until: int | None = config.get("until")
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
         self._thread.start()
@@ -98,14 +102,19 @@ class RunTrial(tune.Trainable):
     def _work(self) -> None:
         try:
             prepared = prepare(self._recipe)
-            with locked(self._recipe.folder):
+            with locked(self._recipe.folder, patience=PATIENCE):
                 if finished(self._recipe.folder):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                conduct(prepared, self._stop, surroundings=Surroundings(tags=self._tags, tell=self._tell))
+                around = Surroundings(tags=self._tags, tell=self._tell)
+                conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
-            self._fail(str(error))
+            leg = self._until is not None and isinstance(error, RunStopped) and not self._stop.exists()
+            if leg and end_leg(self._recipe.folder, int(self._until or 0)):
+                self._news.put({"cycle": self._until, LEG: True, "finished": False, "done": True})
+            else:
+                self._fail(str(error))
         except BaseException as error:
             self._recipe.folder.mkdir(parents=True, exist_ok=True)
             with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
