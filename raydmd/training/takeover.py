@@ -91,10 +91,15 @@ def end_leg(folder: Path, cycle: int) -> bool:
     last = ends[-1] if ends else {}
     if last.get("event") != "stopped" or last["cycle"] != cycle or last["alarm"]:
         return False
-    shutil.rmtree(folder / TAKEN, ignore_errors=True)
+    release(folder)
     if not happened(folder, LEG, cycle):
         EventLog(folder / EVENTS).write(LEG, cycle=cycle)
     return True
+
+
+def release(folder: Path) -> None:
+    """Let go of what a run has taken over: it has a checkpoint of its own after it."""
+    shutil.rmtree(folder / TAKEN, ignore_errors=True)
 
 
 def happened(folder: Path, event: str, cycle: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
@@ -106,7 +106,7 @@ class Members(Searcher):
             "root": claim.root,
             "changes": now[-1].changes,
             "until": self.until,
-            "common": type(self._common)(self._base, tags),
+            "common": replace(self._common, tags=tags),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from raydmd.tuning.population import check_population, check_shapes, state_shape
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
 from raydmd.tuning.study import BEAT, Study, shown
-from raydmd.tuning.trial import Common, RunTrial
+from raydmd.tuning.trial import LEAVE, Common, RunTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -176,7 +176,7 @@ def conduct(spec: Sweep, prepared: Prepared, study: Study, pool: Pool | None, st
     parallel = min(spec.parallel or room, room)
     print(f"{parallel} trial(s) at a time", flush=True)
     group = Group.open(base, spec.name, study.attribute, versions())
-    common = Common(base, group.tags())
+    common = Common(base, group.tags(), stop)
     search, scheduler = searcher(spec, prepared, study, common, stop)
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
@@ -213,6 +213,8 @@ def conduct(spec: Sweep, prepared: Prepared, study: Study, pool: Pool | None, st
         now = time.monotonic()
         if pool:
             pool.loaded(enough=1)
+        if stop.exists():
+            search.close("the sweep was told to stop")
         hours, gpu_hours = spec.budget.hours, spec.budget.gpu_hours
         if hours and now - begun > hours * 3600:
             search.close("its hours are over")
@@ -284,7 +286,7 @@ def beating(study: Study) -> Iterator[None]:
 
 
 class StopFile(tune.Stopper):
-    """Ends all trials once a file is there.
+    """Ends all trials that have not ended by themselves some time after a file was there.
 
     Args:
         file: whose coming is waited for.
@@ -292,6 +294,7 @@ class StopFile(tune.Stopper):
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._since: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial by itself."""
@@ -300,4 +303,7 @@ class StopFile(tune.Stopper):
 
     def stop_all(self) -> bool:
         """See :class:`ray.tune.Stopper`."""
-        return self._file.exists()
+        if not self._file.exists():
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > LEAVE

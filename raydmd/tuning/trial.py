@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -19,7 +20,7 @@ from raydmd.training.cluster import settle
 from raydmd.training.folder import PATIENCE, finished, locked, same_run
 from raydmd.training.run import Surroundings, conduct, prepare
 from raydmd.training.students import EVALUATION
-from raydmd.training.takeover import LEG, end_leg
+from raydmd.training.takeover import LEG, end_leg, release
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 LEAVE = 300.0
 """Seconds that a run has to stop in, with a checkpoint."""
+STOPPED = "stopped"
+"""Of the last result of a trial that is gone on with when the sweep is."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Common:
     Attributes:
         base: the recipe that they differ from; its output is the trials' folder.
         tags: of their MLflow runs.
+        stop: the file that stops the sweep.
     """
 
     base: Recipe
     tags: Mapping[str, str]
+    stop: Path | None = None
 
 
 class RunTrial(tune.Trainable):
@@ -57,8 +62,16 @@ class RunTrial(tune.Trainable):
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next evaluation, or for what ended the run."""
-        return {**self._news.get(), "gpu_seconds": self.gpu_seconds()}
+        """Wait for the next evaluation, or for what ended the run; hand the sweep's stop on meanwhile.
+
+        Tune could not: it asks for one thing at a time, and at the end it waits for seconds, not for a checkpoint.
+        """
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return {**self._news.get(timeout=1.0), "gpu_seconds": self.gpu_seconds()}
+            if self._told_to_stop():
+                self._stop.parent.mkdir(parents=True, exist_ok=True)
+                self._stop.touch()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's note of a trial that pauses: the run keeps its own checkpoints, where it is."""
@@ -94,6 +107,7 @@ class RunTrial(tune.Trainable):
         self._tags = {**common.tags, "raydmd.trial": name}
         self._stop = self._recipe.folder / "STOP"
         self._stop.unlink(missing_ok=True)  # an earlier attempt's; from here on it is this one's
+        self._sweeps_stop = common.stop
         self._until: int | None = config.get("until")
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
@@ -109,10 +123,13 @@ class RunTrial(tune.Trainable):
                 same_run(self._recipe, self._recipe.folder)
                 around = Surroundings(tags=self._tags, tell=self._tell)
                 conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
+                release(self._recipe.folder)
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
             leg = self._until is not None and isinstance(error, RunStopped) and not self._stop.exists()
             if leg and end_leg(self._recipe.folder, int(self._until or 0)):
                 self._news.put({"cycle": self._until, LEG: True, "finished": False, "done": True})
+            elif isinstance(error, RunStopped) and self._told_to_stop():
+                self._news.put({"cycle": 0, STOPPED: True, "finished": False, "done": True})
             else:
                 self._fail(str(error))
         except BaseException as error:
@@ -120,6 +137,9 @@ class RunTrial(tune.Trainable):
             with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
                 log.write(traceback.format_exc() + "\n")
             self._fail(f"{type(error).__name__}: {error} (traceback in error.log)")
+
+    def _told_to_stop(self) -> bool:
+        return self._sweeps_stop is not None and self._sweeps_stop.exists()
 
     def _fail(self, why: str) -> None:
         self._news.put({"cycle": 0, "error": why.strip().splitlines()[0], "finished": False, "done": True})
