@@ -19,14 +19,15 @@ from raydmd.recipe import Recipe, derive
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.training.events import read_lines
 from raydmd.training.run import quiet
+from raydmd.tuning.checks import pinned
 from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.storage import storage_url
 from raydmd.tuning.study import rows_of
-from raydmd.tuning.sweep import pinned, sweep
+from raydmd.tuning.sweep import sweep
 from raydmd.zoo.settings import SWEPT, on_zoo
 
 if TYPE_CHECKING:
-    from raydmd.tuning.study import Row
+    from raydmd.tuning.rows import Row
 
 WITHIN, SHARE = 0.02, 0.4
 RESULTS = Path(__file__).parent / "results" / "halving.json"

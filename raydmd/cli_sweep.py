@@ -122,7 +122,7 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
     spec = read_sweep(given)
     text = described(spec, base)
     if dry_run:
-        from raydmd.tuning.sweep import check, pinned
+        from raydmd.tuning.checks import check, pinned
 
         check(spec, pinned(spec, base))
         typer.echo(text, nl=False)
@@ -229,7 +229,7 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
             "front": show.front(merged(rows, spec.repeats), spec.objectives),
         }[which]
         if as_json:
-            typer.echo(json.dumps(show.as_json(chosen, spec), indent=1))
+            typer.echo(json.dumps(show.as_json(rows, spec, only=chosen), indent=1))
             return
         if which == "status":
             typer.echo(show.progress(rows, spec))
@@ -242,6 +242,8 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
                 typer.echo(verdict.text(spec.objectives))
             for row in chosen[:1] if which == "best" else chosen:
                 typer.echo(f"trial {row.root:04d}   {folder / 'trials' / f'{row.root:04d}'}")
+                if stretches := show.scheduled(rows, row):
+                    typer.echo(stretches)
 
     guard(tell, None)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -45,7 +45,7 @@ class Tracker:
 
     Args:
         recipe: the run.
-        tags: of a new one.
+        tags: of this attempt.
     """
 
     def __init__(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
@@ -121,6 +121,8 @@ class Tracker:
         for i in range(0, len(missing), 100):
             client.log_batch(run_id, params=missing[i : i + 100])
         client.set_terminated(run_id, status="RUNNING")
+        # Of this attempt: its versions, and what a population has made of its settings.
+        client.log_batch(run_id, tags=[RunTag(k, v) for k, v in self._tags.items()])
         # After a rollback the same cycles come again, as another attempt.
         attempts = [(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)]
         cycles = [(0, m.step) for m in client.get_metric_history(run_id, STEP)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+PATIENCE = 60.0
+"""Seconds that processes of a command that was killed may live on."""
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
 FREE_DATA = ("cache", "timeout")
@@ -31,8 +33,8 @@ def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the run's folder, so that the same name never runs twice at once on it.
 
     Args:
-        folder: is made, if it is not there.
-        patience: seconds that a process before this one may take to go.
+        folder: of the run; made if it is not there.
+        patience: seconds to wait for another process that holds it.
 
     Raises:
         InputError: if another process holds it, or it cannot be made.
@@ -44,13 +46,9 @@ def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         raise InputError(f"cannot write to output folder {folder}: {error}") from None
     with file:
         deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise InputError(f"run '{folder.name}' is in progress in another process ({folder})") from None
+        while not _held(file):
+            if time.monotonic() >= deadline:
+                raise InputError(f"run '{folder.name}' is in progress in another process ({folder})")
             time.sleep(0.5)
         yield
 
@@ -96,6 +94,14 @@ def same_run(recipe: Recipe, folder: Path) -> None:
             f"run '{recipe.name}' in {folder} was started with another recipe ({shown}). "
             "Give the old settings to resume it, or another --name"
         )
+
+
+def _held(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _free(key: str) -> bool:

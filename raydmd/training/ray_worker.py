@@ -32,6 +32,7 @@ from raydmd.training.ranks import Ranks
 from raydmd.training.sampling import Samplers
 from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
+from raydmd.training.takeover import taken
 from raydmd.training.tied import Tied
 from raydmd.training.worker import Job, Worker
 
@@ -154,6 +155,7 @@ def train_loop(config: LoopConfig) -> None:
             stop_file=folder / "STOP",
             pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
             tied=tied,
+            taken=taken(folder),
         )
         teacher, rewards = clients(c, job, session)
         Worker(job, teacher, session, events, rewards, samplers(c, session)).run()

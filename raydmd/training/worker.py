@@ -27,6 +27,7 @@ from raydmd.training.ranks import Ranks
 from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
 from raydmd.training.students import due, write_student
+from raydmd.training.takeover import newer
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Job:
         stop_file: stops the run when it exists.
         pairing: noise-image pairs, where the method regresses to them.
         tied: the networks that student and fake score share with the teacher, where they do.
+        taken: another run's checkpoint that this one goes on from, unless its own are newer.
     """
 
     recipe: Recipe
@@ -71,6 +73,7 @@ class Job:
     stop_file: Path | None = None
     pairing: Pairing | None = None
     tied: Tied | None = None
+    taken: Path | None = None
 
 
 class Worker:
@@ -97,7 +100,7 @@ class Worker:
         self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
         self.teacher, self.rewards, self.samplers = teacher, rewards, samplers
         self._ranks = Ranks(session)
-        self._stop_at, self._stop_file = job.stop_at, job.stop_file
+        self._stop_at, self._stop_file, self._taken = job.stop_at, job.stop_file, job.taken
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
@@ -128,6 +131,9 @@ class Worker:
             NonFiniteError: or RunFailed, on all ranks alike; the last checkpoint stays.
         """
         fresh = self._restore()
+        if self._stop_at is not None and self._stop_at <= self.cycle < self.plan.cycles:  # it had come that far before
+            self.events.write("stopped", cycle=self.cycle, alarm=None)
+            return "stopped"
         while self.cycle < self.plan.cycles:
             phase = self.method.phases[self.plan.phase(self.cycle)]
             if fresh:
@@ -242,7 +248,8 @@ class Worker:
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, if there is one; returns whether to enter a phase anew."""
-        with self.session.latest() as folder:
+        with self.session.latest() as own:
+            folder = newer(self._taken, own)
             if folder is None:
                 self._address()
                 self.events.write("start", world=self.session.world)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raydmd.recipe import Recipe
+    from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
-    from raydmd.tuning.study import Row
 
 
 def compare_page(spec: Sweep, base: Recipe, rows: Sequence[Row], folder: Path) -> list[Path]:

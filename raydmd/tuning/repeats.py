@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from raydmd.tuning.study import Row
+    from raydmd.tuning.rows import Row
 
 SEED = "seed"
 """The recipe's key that tells repeats apart."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
+from raydmd.tuning.trial import STOPPED
+
 if TYPE_CHECKING:
     from raydmd.tuning.study import Claim, Study
     from raydmd.tuning.trial import Common
@@ -73,6 +75,8 @@ class StudySearch(Searcher):
             return
         if error or result is None:
             self._study.failed(claim.number, "its process ended; Ray's logs say why")
+        elif STOPPED in result:
+            pass  # the study gives it back
         elif "error" in result:
             self._study.failed(claim.number, str(result["error"]))
         else:  # Tune does not tell a trial's last result before its end

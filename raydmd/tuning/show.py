@@ -10,13 +10,15 @@ from rich.box import ASCII2
 from rich.console import Console
 from rich.table import Table
 
+from raydmd.tuning.population import schedule
 from raydmd.tuning.repeats import merged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from raydmd.tuning.population import Entry
+    from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
-    from raydmd.tuning.study import Row
 
 LATER = ("finished", "stopped early", "running", "waiting", "failed")
 
@@ -85,8 +87,29 @@ def progress(rows: Sequence[Row], spec: Sweep) -> str:
     return f"of {total}: {', '.join(counts) or 'none yet'}{so_far}"
 
 
-def as_json(rows: Sequence[Row], spec: Sweep) -> dict[str, Any]:
-    """The same for a machine."""
+def scheduled(rows: Sequence[Row], row: Row) -> str:
+    """The settings that a population's student was trained with, a line for each stretch; empty for other trials."""
+    if not row.lineage:
+        return ""
+    lines, before = list[str](), dict[str, Any]()
+    for entry in schedule(rows, row.root):
+        moved = {k: v for k, v in entry.changes.items() if k not in before or before[k] != v}
+        left = [k for k in before if k not in entry.changes]
+        said = [*(f"{k}={_short(v)}" for k, v in moved.items()), *(f"without {k}" for k in left)]
+        whose = f"   (from trial {entry.donor:04d}'s state)" if entry.donor is not None else ""
+        lines.append(f"from cycle {entry.cycle}: {', '.join(said) or 'as before'}{whose}")
+        before = entry.changes
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row], spec: Sweep, *, only: Sequence[Row] | None = None) -> dict[str, Any]:
+    """The same for a machine.
+
+    Args:
+        rows: all trials.
+        spec: the sweep.
+        only: trials to show; default: all.
+    """
     on_front = {row.number for row in front(merged(rows, spec.repeats), spec.objectives)}
     return {
         "sweep": spec.name,
@@ -103,10 +126,15 @@ def as_json(rows: Sequence[Row], spec: Sweep) -> dict[str, Any]:
                 "evaluations": {str(k): v for k, v in row.at.items()},
                 "front": row.number in on_front,
                 "error": row.error,
+                **({"schedule": [_stretch(e) for e in schedule(rows, row.root)]} if row.lineage else {}),
             }
-            for row in rows
+            for row in (rows if only is None else only)
         ],
     }
+
+
+def _stretch(entry: Entry) -> dict[str, Any]:
+    return {"cycle": entry.cycle, "donor": entry.donor, "changes": entry.changes}
 
 
 def _costs(values: Mapping[str, float], objectives: Mapping[str, str]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from raydmd.errors import InputError
 from raydmd.recipe import derive, known_keys
 from raydmd.recipe_io import explain, nearest
 from raydmd.recipe_types import Count, Positive, Section, Word
+from raydmd.tuning.population import Population, check_space
 from raydmd.tuning.repeats import SEED
 from raydmd.tuning.space import Choice, Dimension, Explorer, Ordered, Phases, Range, ends, points
 
@@ -84,6 +85,8 @@ class Sweep(Section):
     search: Search = Search()
     stopping: Stopping | None = None
     """Needs ``evaluation.every`` in the recipe."""
+    population: Population | None = None
+    """Instead of ``stopping``; needs ``evaluation.every`` too."""
     budget: Budget = Budget()
     repeats: Count = 1
     """Runs of each setting, with training seeds of their own; it counts by their mean."""
@@ -118,6 +121,24 @@ class Sweep(Section):
             if late := [k for k in dimension.when if k not in seen]:
                 raise ValueError(f"space: {key!r} depends on {', '.join(late)}, which must come before it in the space")
             seen.add(key)
+        return self
+
+    @model_validator(mode="after")
+    def _population_has_members(self) -> Self:
+        if self.population is None:
+            return self
+        if self.stopping:
+            raise ValueError("stopping and population exclude each other: one ends bad trials, the other replaces them")
+        if self.budget.trials < 2:
+            raise ValueError("population: budget.trials are its members, of which it needs two")
+        for key in ("hours", "gpu_hours"):
+            if getattr(self.budget, key) is not None:
+                raise ValueError(f"budget.{key} does nothing with a population, whose members start together")
+        if self.search.kind == "grid":
+            raise ValueError("search.kind=grid has points of its own; a population draws its first ones at random")
+        if self.repeats > 1:
+            raise ValueError("repeats do nothing for a population, whose members change their settings as they go")
+        check_space(self.space)
         return self
 
     def pick(self, base: Recipe, chooser: Chooser) -> dict[str, Any]:
@@ -180,7 +201,8 @@ class Sweep(Section):
         """What two clusters' sweeps must agree on to be one study."""
         recipe = base.model_dump(mode="json", exclude={"name", "output", "placement", "tracking"})
         recipe["data"].pop("cache", None)
-        own = self.model_dump(mode="json", include={"objectives", "space", "stopping", "repeats"})
+        keys = {"objectives", "space", "stopping", "repeats", "population"}
+        own = self.model_dump(mode="json", include=keys)
         return {"recipe": recipe, **own}
 
 

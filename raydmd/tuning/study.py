@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +23,31 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from raydmd.errors import InputError
 from raydmd.tuning.repeats import SEED
+from raydmd.tuning.rows import (
+    AT,
+    ERROR,
+    LINEAGE,
+    OF,
+    OWNER,
+    REPEAT,
+    SECONDS,
+    STOP,
+    Row,
+    is_setting,
+    root_of,
+    row_of,
+)
 from raydmd.tuning.storage import GRACE, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from raydmd.recipe import Recipe
+    from raydmd.tuning.population import Entry
     from raydmd.tuning.spec import Sweep
 
 READY = 60.0
 """Seconds that another cluster may take to set up the study it has just made."""
-AT = "at "
-"""Before the cycle, in the name of what keeps an evaluation's figures."""
-ERROR, OWNER, SECONDS, REPEAT, OF = "error", "owner", "gpu_seconds", "repeat", "of"
-STOP = "stops"
-"""Of a study: whom each word to stop was for, the first one first; null is for all."""
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
@@ -54,42 +64,6 @@ class Claim:
     number: int
     root: int
     changes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial as the tables show it.
-
-    Attributes:
-        number: of the trial.
-        root: that its folder is called after.
-        state: ``finished``, ``stopped early``, ``running``, ``waiting``, ``failed`` or ``lost``.
-        cluster: that ran it.
-        changes: of the recipe, as text by key.
-        values: of the objectives, once it has finished.
-        at: figures of its evaluations by cycle.
-        error: why it failed.
-        of: trial whose setting it repeats.
-        spread: standard deviations of the values, of a setting that was run several times.
-        runs: its trials.
-    """
-
-    number: int
-    root: int
-    state: str
-    cluster: str
-    changes: dict[str, Any]
-    values: dict[str, float]
-    at: dict[int, dict[str, float]]
-    error: str
-    of: int | None = None
-    spread: dict[str, float] = field(default_factory=dict)
-    runs: tuple[int, ...] = ()
-
-    @property
-    def trained(self) -> int:
-        """Cycles of its last evaluation."""
-        return max(self.at, default=0)
 
 
 class Study:
@@ -187,7 +161,6 @@ class Study:
                 raise
             self.patience.missed(error)
 
-    @patiently
     def told_to_stop(self) -> bool:
         """Whether somebody has told this cluster, or all, to stop since this command began."""
         try:
@@ -198,6 +171,7 @@ class Study:
             return False
         return any(who in (None, self._cluster) for who in new)
 
+    @patiently
     def note(self, number: int, cycle: int, figures: Mapping[str, float], *, gpu_seconds: float = 0.0) -> bool:
         """Keep what an evaluation of a trial has found; whether the trial is still this cluster's."""
         found = {k: float(figures[k]) for k in self.spec.objectives if k in figures}
@@ -207,6 +181,18 @@ class Study:
         except UpdateFinishedTrialError:  # it was taken for lost
             return False
         return True
+
+    @patiently
+    def numbers(self, number: int) -> dict[str, Any]:
+        """What a trial's settings were made of when it was first claimed."""
+        return dict(self._frozen(number).params)
+
+    @patiently
+    def descend(self, number: int, lineage: Sequence[Entry]) -> None:
+        """Keep which settings a member of a population has had; the last ones are its own now."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(self._mine[number], LINEAGE, [e.plain() for e in lineage])
+            self._storage.set_trial_user_attr(self._mine[number], "changes", lineage[-1].changes)
 
     @patiently
     def finished(self, number: int, figures: Mapping[str, float]) -> None:
@@ -314,7 +300,7 @@ class Study:
     def _sampler(self, number: int) -> BaseSampler:
         # Anew for each trial, seeded by its number: the same whoever asks, and after whatever restart.
         seed = self.spec.search.seed * 1_000_003 + number
-        if self.spec.search.kind == "tpe":
+        if self.spec.search.kind == "tpe" and not self.spec.population:  # whose members all start knowing nothing
             with quiet():
                 return TPESampler(seed=seed, n_startup_trials=self.spec.search.startup, constant_liar=True)
         return RandomSampler(seed=seed)
@@ -349,46 +335,6 @@ def _opened(spec: Sweep, url: str) -> optuna.Study:
         return optuna.load_study(study_name=spec.name, storage=storage_of(url))
     except KeyError:
         raise InputError(f"{shown(url)} has no study {spec.name!r}: was it begun?") from None
-
-
-def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial takes a place of the budget: a lost one's is its successor's."""
-    return trial.state != TrialState.FAIL or ERROR in trial.user_attrs
-
-
-def is_setting(trial: FrozenTrial) -> bool:
-    """Whether it counts, and is the first run of its setting."""
-    return counts(trial) and not trial.user_attrs.get(REPEAT)
-
-
-def root_of(trial: FrozenTrial) -> int:
-    """Number of a trial's first attempt."""
-    history: list[int] = trial.system_attrs.get("retry_history", [])
-    return history[0] if history else trial.number
-
-
-def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
-    """A trial as the tables show it."""
-    states = {
-        TrialState.COMPLETE: "finished",
-        TrialState.PRUNED: "stopped early",
-        TrialState.RUNNING: "running",
-        TrialState.WAITING: "waiting",
-        TrialState.FAIL: "failed" if ERROR in trial.user_attrs else "lost",
-    }
-    attrs = trial.user_attrs
-    values = trial.values if trial.state == TrialState.COMPLETE else None
-    return Row(
-        number=trial.number,
-        root=root_of(trial),
-        state=states[trial.state],
-        cluster=str(attrs.get(OWNER, "")),
-        changes=dict(attrs.get("changes", {})),
-        values=dict(zip(objectives, values, strict=True)) if values else {},
-        at={int(k.removeprefix(AT)): dict(v) for k, v in sorted(attrs.items()) if k.startswith(AT)},
-        error=str(attrs.get(ERROR, "")),
-        of=attrs.get(OF),
-    )
 
 
 def _different(a: Any, b: Any, key: str = "") -> set[str]:

@@ -13,30 +13,31 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from raydmd.errors import DONE, InputError, RunFailed, RunStopped
+from raydmd.errors import DONE, RunFailed, RunStopped
 from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
 from raydmd.tracking.group import Group
 from raydmd.tracking.model import BEST, register
 from raydmd.tracking.tracker import RUN_ID
 from raydmd.training.clips import at_pool
-from raydmd.training.cluster import check_room, connect, lasting, living_nodes, parallel_runs
+from raydmd.training.cluster import check_room, connect, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
 from raydmd.training.export import PIPELINE
 from raydmd.training.folder import locked
 from raydmd.training.pools import teacher_pool
-from raydmd.training.run import check_method, prepare, versions
+from raydmd.training.run import versions
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.tracked import UNSENT, send
+from raydmd.tuning.checks import check, fitting, pinned
 from raydmd.tuning.compare import PAGE, compare_page
-from raydmd.tuning.figures import reported
 from raydmd.tuning.halving import Halving
+from raydmd.tuning.members import Members, only_here
 from raydmd.tuning.repeats import merged
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
 from raydmd.tuning.storage import BEAT, shown, storage_url
 from raydmd.tuning.study import Study
-from raydmd.tuning.trial import Common, RunTrial
+from raydmd.tuning.trial import LEAVE, Common, RunTrial
 from raydmd.tuning.verdict import judge, kept
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
     from raydmd.serving.pool import Pool
     from raydmd.training.run import Prepared
+    from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
-    from raydmd.tuning.study import Row
 
 SAY = 30.0
 """Seconds between two lines about how it goes."""
@@ -76,6 +77,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         study = Study(spec, base, storage_url(spec, folder), cluster)
         stop = folder / "clusters" / cluster / "STOP"
         study.patience.stop = stop
+        if spec.population:
+            only_here(study, spec, cluster)
         if left := study.give_back():
             print(f"sweep '{spec.name}': going on with {left} trial(s) that were under way")
         if study.over() and (best := best_of(study.rows(), spec)) and not judged_here(spec, base, best):
@@ -93,7 +96,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
                 group = Group.open(base, spec.name, study.attribute, versions())
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
-                    conduct(spec, base, study, pool, stop, folder, tags)
+                    conduct(spec, prepared, study, pool, stop, folder, tags)
                     study.give_back()
                 rows = study.rows()
                 pages = compare_page(spec, base, rows, folder)
@@ -136,56 +139,9 @@ def judged_here(spec: Sweep, base: Recipe, best: Row) -> bool:
     return bool(spec.verdict) and here and kept(base.output.parent, best) is None
 
 
-def pinned(spec: Sweep, base: Recipe) -> Recipe:
-    """The base with what all trials must have in common, and places of its own."""
-    output = lasting(base.output)
-    folder = output / spec.name
-    e = base.evaluation
-    changes: dict[str, Any] = {
-        "output": folder / "trials",
-        "name": "base",
-        "data.cache": base.data.cache or folder / "conditions",
-        # What students are compared with must not move with what is searched.
-        "evaluation.guidance": base.method.guidance if e.guidance is None else e.guidance,
-        "evaluation.shift": base.method.shift if e.shift is None else e.shift,
-        "tracking.uri": base.tracking.uri or f"sqlite:///{output / 'mlflow.db'}",
-    }
-    return derive(base, changes)
-
-
-def check(spec: Sweep, base: Recipe) -> Prepared:
-    """Look at a sweep as closely as can be done without a cluster.
-
-    Raises:
-        InputError: if one of its recipes can't be run, or an objective is no figure of its evaluation.
-    """
-    prepared = prepare(base)
-    figures = reported(base)
-    for name in spec.objectives:
-        if name not in figures:
-            raise InputError(
-                f"sweep {spec.name!r}: no trial reports {name!r}; the evaluation of this recipe has "
-                f"{', '.join(sorted(figures))}"
-            )
-    if spec.stopping and not base.evaluation.every:
-        raise InputError(
-            f"sweep {spec.name!r}: stopping compares trials on their way, and evaluation.every=0 evaluates at the end "
-            "alone; set evaluation.every"
-        )
-    if spec.budget.gpu_hours and not base.placement.worker_gpus:
-        raise InputError(f"sweep {spec.name!r}: budget.gpu_hours does nothing where placement.worker_gpus=0")
-    for changes, recipe in spec.corners(base):
-        try:
-            check_method(recipe, prepared.family)
-        except InputError as error:
-            said = ", ".join(f"{k}={v}" for k, v in changes.items())
-            raise InputError(f"sweep {spec.name!r} can come to {said}: {error}") from None
-    return prepared
-
-
 def conduct(
     spec: Sweep,
-    base: Recipe,
+    prepared: Prepared,
     study: Study,
     pool: Pool | None,
     stop: Path,
@@ -193,10 +149,11 @@ def conduct(
     tags: Mapping[str, str],
 ) -> None:
     """Tune's part of a sweep, on the cluster that this process is connected to."""
+    base = prepared.recipe
     room = parallel_runs(base, living_nodes())
     parallel = min(spec.parallel or room, room)
     print(f"{parallel} trial(s) at a time", flush=True)
-    search = StudySearch(study, Common(base, tags))
+    search, scheduler = searcher(spec, prepared, study, Common(base, tags, stop), stop)
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
         "RAY_AIR_NEW_OUTPUT": "0",  # the other one writes a frame about Tune whatever is asked
@@ -207,7 +164,7 @@ def conduct(
         tune.with_resources(RunTrial, {"cpu": 0.01}),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=Halving.of(spec, base, study, search) if spec.stopping else None,
+            scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=parallel,
             reuse_actors=True,
@@ -233,6 +190,8 @@ def conduct(
         now = time.monotonic()
         if pool:
             pool.loaded(enough=1)
+        if stop.exists():
+            search.close("the sweep was told to stop")
         hours, gpu_hours = spec.budget.hours, spec.budget.gpu_hours
         if hours and now - begun > hours * 3600:
             search.close("its hours are over")
@@ -252,6 +211,16 @@ def send_rest(base: Recipe) -> None:
         except RunFailed as error:
             print(f"tracking: {error}; raydmd track {base.output.parent} tries again")
             return
+
+
+def searcher(
+    spec: Sweep, prepared: Prepared, study: Study, common: Common, stop: Path
+) -> tuple[StudySearch | Members, Halving | None]:
+    """What Tune asks for trials, and what ends them early, if anything does."""
+    if spec.population:
+        return Members(spec, study, common, fitting(spec, prepared), stop), None
+    search = StudySearch(study, common)
+    return search, Halving.of(spec, prepared.recipe, study, search) if spec.stopping else None
 
 
 def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
@@ -306,15 +275,16 @@ def beating(study: Study, stop: Path) -> Iterator[None]:
 
 
 class Stops(tune.Stopper):
-    """Ends all trials once a file is there, and one alone that is another cluster's now.
+    """Ends all trials that have not ended by themselves some time after a file was there; another cluster's at once.
 
     Args:
         file: whose coming is waited for.
         search: knows whose a trial is.
     """
 
-    def __init__(self, file: Path, search: StudySearch) -> None:
+    def __init__(self, file: Path, search: StudySearch | Members) -> None:
         self._file, self._search = file, search
+        self._since: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """See :class:`ray.tune.Stopper`."""
@@ -323,4 +293,7 @@ class Stops(tune.Stopper):
 
     def stop_all(self) -> bool:
         """See :class:`ray.tune.Stopper`."""
-        return self._file.exists()
+        if not self._file.exists():
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > LEAVE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -16,19 +17,20 @@ from ray import tune
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
 from raydmd.training.cluster import settle
-from raydmd.training.folder import finished, locked, same_run
+from raydmd.training.folder import PATIENCE, finished, locked, same_run
 from raydmd.training.run import Surroundings, conduct, prepare
 from raydmd.training.students import EVALUATION
+from raydmd.training.takeover import LEG, end_leg, release
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from raydmd.recipe import Recipe
 
-GOING = 60.0
-"""Seconds that the same trial's processes of a command before this one, which was killed, may take to go."""
 LEAVE = 300.0
 """Seconds that a run has to stop in, with a checkpoint."""
+STOPPED = "stopped"
+"""Of the last result of a trial that is gone on with when the sweep is."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,20 @@ class Common:
     Attributes:
         base: the recipe that they differ from; its output is the trials' folder.
         tags: of their MLflow runs.
+        stop: the file that stops the sweep.
     """
 
     base: Recipe
     tags: Mapping[str, str]
+    stop: Path | None = None
 
 
 class RunTrial(tune.Trainable):
     """Runs a recipe in a thread; each step of Tune's is an evaluation, the last one that of the finished run.
 
-    Configured by ``number``, ``root`` and ``changes`` of a :class:`~raydmd.tuning.study.Claim`, and ``common``.
+    Configured by ``number``, ``root`` and ``changes`` of a :class:`~raydmd.tuning.study.Claim`, and ``common``; for a
+    member of a population also by ``until``, the cycle that this leg of its run ends at, with a checkpoint and all its
+    processes gone.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -56,8 +62,16 @@ class RunTrial(tune.Trainable):
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next evaluation, or for what ended the run."""
-        return {**self._news.get(), "gpu_seconds": self.gpu_seconds()}
+        """Wait for the next evaluation, or for what ended the run; hand the sweep's stop on meanwhile.
+
+        Tune could not: it asks for one thing at a time, and at the end it waits for seconds, not for a checkpoint.
+        """
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return {**self._news.get(timeout=1.0), "gpu_seconds": self.gpu_seconds()}
+            if self._told_to_stop():
+                self._stop.parent.mkdir(parents=True, exist_ok=True)
+                self._stop.touch()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's note of a trial that pauses: the run keeps its own checkpoints, where it is."""
@@ -93,6 +107,8 @@ class RunTrial(tune.Trainable):
         self._tags = {**common.tags, "raydmd.trial": name}
         self._stop = self._recipe.folder / "STOP"
         self._stop.unlink(missing_ok=True)  # an earlier attempt's; from here on it is this one's
+        self._sweeps_stop = common.stop
+        self._until: int | None = config.get("until")
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
         self._thread.start()
@@ -100,19 +116,30 @@ class RunTrial(tune.Trainable):
     def _work(self) -> None:
         try:
             prepared = prepare(self._recipe)
-            with locked(self._recipe.folder, patience=GOING):
+            with locked(self._recipe.folder, patience=PATIENCE):
                 if finished(self._recipe.folder):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                conduct(prepared, self._stop, surroundings=Surroundings(self._tags, tracked=True, tell=self._tell))
+                around = Surroundings(self._tags, tracked=True, tell=self._tell)
+                conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
+                release(self._recipe.folder)
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
-            self._fail(str(error))
+            leg = self._until is not None and isinstance(error, RunStopped) and not self._stop.exists()
+            if leg and end_leg(self._recipe.folder, int(self._until or 0)):
+                self._news.put({"cycle": self._until, LEG: True, "finished": False, "done": True})
+            elif isinstance(error, RunStopped) and self._told_to_stop():
+                self._news.put({"cycle": 0, STOPPED: True, "finished": False, "done": True})
+            else:
+                self._fail(str(error))
         except BaseException as error:
             self._recipe.folder.mkdir(parents=True, exist_ok=True)
             with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
                 log.write(traceback.format_exc() + "\n")
             self._fail(f"{type(error).__name__}: {error} (traceback in error.log)")
+
+    def _told_to_stop(self) -> bool:
+        return self._sweeps_stop is not None and self._sweeps_stop.exists()
 
     def _fail(self, why: str) -> None:
         self._news.put({"cycle": 0, "error": why.strip().splitlines()[0], "finished": False, "done": True})

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.pool import Pool
+    from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
-    from raydmd.tuning.study import Row
 
 FILE = "verdict.json"
 """In a sweep's folder."""

@@ -167,10 +167,10 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_study_of_another_recipe_is_refused_before_the_start(tmp_path: Path) -> None:
     from raydmd.recipe import Recipe, derive
+    from raydmd.tuning.checks import pinned
     from raydmd.tuning.spec import read_sweep
     from raydmd.tuning.storage import storage_url
     from raydmd.tuning.study import Study
-    from raydmd.tuning.sweep import pinned
 
     given = {k: v for k, v in SWEEP.items() if k != "recipe"}
     spec, other = read_sweep(given), derive(Recipe(), {**SWEEP["recipe"], "output": tmp_path / "runs", "seed": 5})
