@@ -180,6 +180,7 @@ def conduct(spec: Sweep, prepared: Prepared, study: Study, pool: Pool | None, st
     search, scheduler = searcher(spec, prepared, study, common, stop)
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed or was stopped has no figures
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }.items():
         os.environ.setdefault(name, value)
