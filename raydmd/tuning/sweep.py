@@ -157,6 +157,7 @@ def conduct(
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the curves
         "RAY_AIR_NEW_OUTPUT": "0",  # the other one writes a frame about Tune whatever is asked
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed or was stopped has no figures
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }.items():
         os.environ.setdefault(name, value)
