@@ -37,6 +37,7 @@ LATER = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 """Patience with a server before it has answered once, and then; MLflow's own is minutes."""
 HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"
 """Of many runs at once: what MLflow's own pages ask for."""
+CAUSE = re.compile(r"\[Errno [^\]]*\] [\w ,-]+|[Rr]ead timed out|[Cc]onnect(?:ion)? ?(?:to \S+ )?timed out")
 ID = re.compile(r"[0-9a-f]{32}")
 _GATE = threading.Lock()
 _HELD: dict[str, list[str]] = {}
@@ -274,8 +275,6 @@ def _quoted(name: str) -> str:
 def _reason(error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
     # Of a request that went nowhere the cause says it all; it stands last, in three pairs of brackets.
-    if cause := re.search(
-        r"\[Errno [^\]]*\] [\w ,-]+|[Rr]ead timed out|[Cc]onnect(?:ion)? ?(?:to \S+ )?timed out", said
-    ):
+    if cause := CAUSE.search(said):
         return cause.group().strip()
     return said if len(said) <= 300 else f"{said[:297]}..."
