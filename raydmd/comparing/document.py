@@ -95,12 +95,15 @@ def compared(
     )
 
 
-def document(found: Comparison, samples: Sequence[Group] = (), *, facts: Mapping[str, str]) -> dict[str, Any]:
+def document(
+    found: Comparison, samples: Sequence[Group] = (), notes: Sequence[str] = (), *, facts: Mapping[str, str]
+) -> dict[str, Any]:
     """A comparison as plain values that JSON knows.
 
     Args:
         found: the comparison.
         samples: of its runs.
+        notes: on the samples.
         facts: versions, time, place.
     """
     curves = drawn(found.runs)
@@ -134,6 +137,7 @@ def document(found: Comparison, samples: Sequence[Group] = (), *, facts: Mapping
                 for name, of_runs in curves.metrics.items()
             },
         },
+        "sample_notes": list(notes),
         "samples": [
             {
                 "prompts": group.prompts,

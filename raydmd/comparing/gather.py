@@ -121,7 +121,7 @@ def _reader(tracking: str) -> Reader:
 
 def _from_server(reader: Reader, name: str, found: Gathered, goals: list[dict[str, str]], *, here: bool) -> bool:
     """Read a name from the server, if it has it."""
-    from raydmd.comparing.server import found_on, objectives_on, read_found
+    from raydmd.comparing.server import LESS, MANY, found_on, objectives_on, read_found
 
     known = found_on(reader, name)
     if known is None:
@@ -131,7 +131,10 @@ def _from_server(reader: Reader, name: str, found: Gathered, goals: list[dict[st
             f"'{name}' is a folder here, and {known.said()} on {reader.uri}: write ./{name} for the one, or "
             f"{known.kind}:{name} for the other"
         )
-    found.runs += read_found(reader, known)
+    runs = read_found(reader, known)
+    if len(runs) > MANY:
+        found.notes.append(f"{known.said()} has {len(runs)} runs: curves of {' and '.join(LESS)} were not asked for")
+    found.runs += runs
     if objectives := objectives_on(known):
         goals.append(objectives)
     return True

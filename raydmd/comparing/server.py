@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STATES = {"FINISHED": FINISHED, "RUNNING": RUNNING, "FAILED": FAILED, "KILLED": STOPPED, "SCHEDULED": WAITING}
 REPORT = "report.html"
+MANY, LESS = 50, ("time/", "monitor/")
+"""With more runs than this the curves of times and of the monitor are not asked for."""
 
 
 def found_on(reader: Reader, what: str) -> Found | None:
@@ -49,7 +51,8 @@ def read_found(reader: Reader, found: Found) -> list[Run]:
     if not runs:
         what = {OF_SWEEP: "has no trials yet", EXPERIMENT: "holds no runs"}[found.kind]
         raise InputError(f"{found.said()} on {reader.uri} {what}")
-    histories = reader.histories(runs, COUNTERS, most=MOST).points
+    skip = (*COUNTERS, *LESS) if len(runs) > MANY else COUNTERS
+    histories = reader.histories(runs, skip, most=MOST).points
     return [_run(reader, run, histories[run.info.run_id]) for run in runs]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +67,7 @@ def write(found: Comparison, file: Path, *, most: int = GRIDS, seconds: float = 
         InputError: if they can't be written.
     """
     samples, notes = samples_of(found, most=most)
-    found = replace(found, notes=[*found.notes, *notes])
-    whole = document(found, samples, facts=facts(found, seconds))
+    whole = document(found, samples, notes, facts=facts(found, seconds))
     data = file.with_suffix(".json")
     linked = {**whole, "runs": [{**run, "link": _link(run["link"], file)} for run in whole["runs"]]}
     try:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from raydmd.errors import InputError
 from raydmd.recipe_io import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from mlflow.entities import Run as MlflowRun
 
@@ -36,7 +37,11 @@ LATER = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 """Patience with a server before it has answered once, and then; MLflow's own is minutes."""
 HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"
 """Of many runs at once: what MLflow's own pages ask for."""
+CAUSE = re.compile(r"\[Errno [^\]]*\] [\w ,-]+|[Rr]ead timed out|[Cc]onnect(?:ion)? ?(?:to \S+ )?timed out")
 ID = re.compile(r"[0-9a-f]{32}")
+_GATE = threading.Lock()
+_HELD: dict[str, list[str]] = {}
+"""Limits that are in the environment for now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,18 +148,19 @@ class Reader:
                 runs = [run for run in self._search("", experiments=[found.id]) if not is_sweep(run)]
         return sorted(runs, key=lambda run: (run.info.start_time or 0, str(run.info.run_name)))
 
-    def histories(self, runs: Sequence[MlflowRun], skip: Sequence[str], *, most: int) -> Histories:
+    def histories(self, runs: Sequence[MlflowRun], skip: Collection[str], *, most: int) -> Histories:
         """The metrics of all runs, asked for side by side.
 
         Args:
             runs: whose they are.
-            skip: metrics that are not wanted.
+            skip: metrics that are not wanted, or beginnings of their names that end with ``/``.
             most: points of a run's metric that a server need give.
         """
+        beginnings = tuple(name for name in skip if name.endswith("/"))
         wanted: dict[str, list[str]] = {}
         for run in runs:
             for key in run.data.metrics:
-                if key not in skip:
+                if key not in skip and not key.startswith(beginnings):
                     wanted.setdefault(key, []).append(run.info.run_id)
         parts = [(key, ids[i : i + BULK]) for key, ids in wanted.items() for i in range(0, len(ids), BULK)]
         points: dict[str, dict[str, list[tuple[int, int, float]]]] = {run.info.run_id: {} for run in runs}
@@ -172,6 +178,8 @@ class Reader:
         """A text among a run's artifacts; ``None`` if it is not there or can't be had."""
         with tempfile.TemporaryDirectory(prefix="raydmd-") as folder, patience(LATER):
             try:
+                if all(found.path != path for found in self._client.list_artifacts(run_id)):
+                    return None  # asking for it would be tried again and again
                 file = self._client.download_artifacts(run_id, path, folder)
                 return Path(file).read_text(encoding="utf-8")
             except Exception:  # a page of figures does not fail for a picture
@@ -227,14 +235,22 @@ def is_sweep(run: MlflowRun) -> bool:
 
 @contextlib.contextmanager
 def patience(limits: dict[str, str]) -> Iterator[None]:
-    """MLflow's patience with a server, as far as the environment does not set it."""
-    mine = {k: v for k, v in limits.items() if k not in os.environ}
-    os.environ.update(mine)
+    """MLflow's patience with a server, as far as the environment does not set it; threads may be inside together."""
+    with _GATE:
+        for key in [k for k in limits if k in _HELD or k not in os.environ]:
+            _HELD.setdefault(key, []).append(limits[key])
+            os.environ[key] = limits[key]
     try:
         yield
     finally:
-        for key in mine:
-            os.environ.pop(key, None)
+        with _GATE:
+            for key in [k for k in limits if k in _HELD]:
+                _HELD[key].remove(limits[key])
+                if _HELD[key]:
+                    os.environ[key] = _HELD[key][-1]
+                else:
+                    del _HELD[key]
+                    os.environ.pop(key, None)
 
 
 def _found(run: MlflowRun) -> Found:
@@ -257,5 +273,8 @@ def _quoted(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    # Of a request that went nowhere the cause says it all; it stands last, in three pairs of brackets.
+    if cause := CAUSE.search(said):
+        return cause.group().strip()
     return said if len(said) <= 300 else f"{said[:297]}..."

@@ -19,7 +19,7 @@ function drawCurves() {
     const height = Math.max(320, Math.min(470, width * 0.48));
     const few = shown.length <= 16;
     const room = few ? Math.min(170, 22 + 6.9 * Math.max(...shown.map((i) => runs[i].name.length))) : 18;
-    const svg = draw("svg", { width, height, role: "img", "aria-label": `${name} by cycle` });
+    const svg = draw("svg", { class: shown.length > 60 ? "many" : null, width, height, role: "img", "aria-label": `${name} by cycle` });
     container.append(svg);
     const ends = (all) => [all.reduce((a, b) => Math.min(a, b), Infinity), all.reduce((a, b) => Math.max(a, b), -Infinity)];
     const f = frame(svg, width, height, ends(cycles), ends(values), {

@@ -41,7 +41,7 @@ function drawParallel() {
     const absent = axes.some((axis) => runs.some((r) => axis.of(r) === undefined || axis.of(r) === null));
     const top = 42, bottom = 334, none = absent ? 364 : bottom, height = none + 20;
     const step = axes.length > 1 ? (width - left - right) / (axes.length - 1) : 0;
-    const svg = draw("svg", { width, height, role: "img", "aria-label": "parameters and figures of all runs" });
+    const svg = draw("svg", { class: runs.length > 60 ? "many" : null, width, height, role: "img", "aria-label": "parameters and figures of all runs" });
     container.append(svg);
     axes.forEach((axis, n) => {
       axis.x = left + n * step;
@@ -64,7 +64,7 @@ function drawParallel() {
     }
     axes.forEach((axis, n) => {
       const letters = Math.max(5, Math.floor((step || 200) / 7.2));
-      svg.append(draw("line", { class: "axis", x1: axis.x, x2: axis.x, y1: top + 6, y2: bottom + 6 }));
+      svg.append(draw("line", { class: "axis firm", x1: axis.x, x2: axis.x, y1: top + 6, y2: bottom + 6 }));
       const anchor = n === 0 ? "start" : "middle";
       svg.append(draw("text", { class: "strong", x: n === 0 ? axis.x - 34 : axis.x, y: 16, "text-anchor": anchor }, shortly(axis.label, letters), draw("title", {}, axis.id)));
       if (axis.log) svg.append(draw("text", { x: n === 0 ? axis.x - 34 : axis.x, y: 31, "text-anchor": anchor }, "log"));

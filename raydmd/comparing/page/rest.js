@@ -29,6 +29,7 @@ function drawImportance() {
 
 function drawSamples() {
   const container = find("#samples .groups");
+  if (data.sample_notes.length) find("#samples").append(el("p", { class: "note" }, data.sample_notes.map((n) => `${n[0].toUpperCase()}${n.slice(1)}.`).join(" ")));
   if (!data.samples.length) { container.append(el("p", { class: "note" }, "No run here has left samples that could be read.")); return; }
   if (data.samples.length > 1) {
     container.append(el("p", { class: "note" }, "These runs' samples are of different prompts, seeds or models, and can't be compared across: each table by itself can."));
