@@ -233,6 +233,11 @@ def nearest(word: str, keys: Collection[str]) -> str | None:
     return by_name[close[0]][0] if close else None
 
 
+def nearest_name(word: str, names: Collection[str]) -> str | None:
+    """The name, of a file or whatever else people call as they like, that was most likely meant, or None."""
+    return next(iter(difflib.get_close_matches(word, sorted(names), n=1)), None)
+
+
 def members(annotation: Any) -> list[Any]:
     """The plain types in an annotation, looking through Optional, Union and Annotated."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

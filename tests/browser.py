@@ -64,6 +64,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=address)
+        self.until("document.readyState !== 'loading' && document.body !== null")
 
     def size(self, width: int, height: int) -> None:
         """Give the window another size."""
@@ -130,13 +131,14 @@ def browser() -> Iterator[Page]:
             start_new_session=True,
         )
         loop = asyncio.new_event_loop()
+        session: aiohttp.ClientSession | None = None
         try:
             port = _port(Path(profile) / "DevToolsActivePort", process)
             session, socket = loop.run_until_complete(_connect(port))
             yield Page(loop, socket)
-            loop.run_until_complete(socket.close())
-            loop.run_until_complete(session.close())
         finally:
+            if session:
+                loop.run_until_complete(session.close())
             process.terminate()
             try:
                 process.wait(timeout=10)

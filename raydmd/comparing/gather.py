@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raydmd.comparing.folders import is_run, read_run, read_sweep
 from raydmd.comparing.runs import numbered, once
 from raydmd.errors import InputError
-from raydmd.recipe_io import nearest
+from raydmd.recipe_io import nearest_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +146,7 @@ def _absent(name: str, tracking: str | None, reader: Reader | None) -> InputErro
     around = folder.parent if folder.parent.is_dir() else Path()
     folders = [f for place in (around, Path("runs")) if place.is_dir() for f in place.iterdir() if f.is_dir()]
     known = {f.name: f for f in folders if is_run(f) or (f / SWEEP_FILE).is_file()}
-    near = nearest(folder.name, known)
+    near = nearest_name(folder.name, known)
     if folder.is_dir():
         below = [f for f in sorted(folder.iterdir()) if f.is_dir() and (is_run(f) or (f / SWEEP_FILE).is_file())]
         if below:

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from raydmd.errors import InputError
-from raydmd.recipe_io import nearest
+from raydmd.recipe_io import nearest_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -134,7 +134,7 @@ class Reader:
         name = text.partition(":")[2] or text
         with patience(LATER):
             runs = {str(run.info.run_name) for run in self._search("", most=1000)}
-        return nearest(name, {*runs, *(e.name for e in self._experiments.values())})
+        return nearest_name(name, {*runs, *(e.name for e in self._experiments.values())})
 
     def runs_of(self, found: Found) -> list[MlflowRun]:
         """A run by itself, a sweep's trials, or all of an experiment's runs but those of sweeps, the oldest first."""
