@@ -14,6 +14,7 @@ import pytest
 
 from raydmd.cli import main
 from raydmd.comparing.gather import gather
+from raydmd.comparing.server import objectives_on
 from raydmd.errors import InputError
 from raydmd.tracking.group import Group
 from raydmd.tracking.reader import Reader
@@ -70,7 +71,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
                 cycles,
             )
         rows = [SimpleNamespace(values={"frechet": f, "coverage_entropy": f / 100}) for f in TRIALS.values()]
-        group.close(rows, {"frechet": "min", "coverage_entropy": "max"})
+        (folder / "compare.html").write_text("a page")
+        group.close(rows, {"frechet": "min", "coverage_entropy": "max"}, [folder / "compare.html"])
         for place in ("one", "two"):
             log(folder / place, "twice", {"tracking.experiment": "else", **tracked(uri)}, 20.0, {}, 40)
         log(folder / "three", "study", {"tracking.experiment": "else", **tracked(uri)}, 20.0, {}, 40)
@@ -123,6 +125,14 @@ def test_a_sweep_on_a_server_is_compared_as_its_folder_would_be(
     fake_loss = told["curves"]["metrics"]["fake/loss"]["runs"]
     assert fake_loss["0"] == [[5, 10, 15, 20, 25, 30, 35, 40], [1 / c for c in range(5, 41, 5)]]
     assert fake_loss["3"][0] == [5, 10, 15, 20]
+
+
+def test_a_sweeps_run_has_its_page_and_its_objectives(server: Any) -> None:
+    reader = Reader(server.uri)
+    assert reader.text(server.group, "compare.html") == "a page"
+    assert reader.text(server.group, "nothing.html") is None
+    [found] = reader.find("ca-dm")
+    assert objectives_on(found) == {"frechet": "min", "coverage_entropy": "max"}
 
 
 def test_many_runs_take_few_requests(server: Any) -> None:

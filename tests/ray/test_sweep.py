@@ -86,7 +86,7 @@ def beaten(verdict: dict[str, Any]) -> int:
 
 @pytest.mark.sweep
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False), encoding="utf-8")
     first = command(tmp_path, "run", "s.yaml", "--cluster", "here")
     trials = tmp_path / "runs" / "tiny" / "trials"
     deadline = time.monotonic() + 300
@@ -177,7 +177,7 @@ def test_a_study_of_another_recipe_is_refused_before_the_start(tmp_path: Path) -
     base = pinned(spec, other)
     base.output.parent.mkdir(parents=True)
     Study(spec, base, storage_url(spec, base.output.parent), "there")
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False), encoding="utf-8")
     asked = command(tmp_path, "run", "s.yaml")
     out, _ = asked.communicate(timeout=180)
     assert asked.returncode == 2, out
@@ -197,7 +197,7 @@ def test_a_study_of_another_recipe_is_refused_before_the_start(tmp_path: Path) -
     ],
 )
 def test_bad_input_is_refused_before_the_start(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}), encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}, sort_keys=False), encoding="utf-8")
     asked = command(tmp_path, "run", "s.yaml")
     out, _ = asked.communicate(timeout=180)
     assert asked.returncode == 2, out
