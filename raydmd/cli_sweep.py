@@ -130,13 +130,8 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
     from raydmd.training.cluster import lasting
     from raydmd.tuning.sweep import sweep
 
-    folder = lasting(base.output) / spec.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to output folder {folder}: {error}") from None
-    return sweep(spec, base, cluster=cluster)
+    file = lasting(base.output) / spec.name / FILE
+    return sweep(spec, base, cluster=cluster, agreed=lambda: file.write_text(text, encoding="utf-8"))
 
 
 def read_keys(words: Sequence[str]) -> list[str]:
@@ -238,7 +233,7 @@ def _show(folder: Path, storage: str | None, as_json: bool, which: str) -> None:
             typer.echo("no trial has come to its end yet")
         else:
             typer.echo(show.table(rows, spec, only=chosen))
-            if best and which == "best" and (verdict := kept(folder, best)):
+            if best and which == "best" and (verdict := kept(folder, best, spec)):
                 typer.echo(verdict.text(spec.objectives))
             for row in chosen[:1] if which == "best" else chosen:
                 typer.echo(f"trial {row.root:04d}   {folder / 'trials' / f'{row.root:04d}'}")

@@ -28,6 +28,10 @@ FREE_METHOD = ("regression.verify",)
 FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
 
 
+class Held(InputError):
+    """Another process has the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the run's folder, so that the same name never runs twice at once on it.
@@ -37,7 +41,8 @@ def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         patience: seconds to wait for another process that holds it.
 
     Raises:
-        InputError: if another process holds it, or it cannot be made.
+        Held: if another process holds it.
+        InputError: if it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +53,7 @@ def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         deadline = time.monotonic() + patience
         while not _held(file):
             if time.monotonic() >= deadline:
-                raise InputError(f"run '{folder.name}' is in progress in another process ({folder})")
+                raise Held(f"run '{folder.name}' is in progress in another process ({folder})")
             time.sleep(0.5)
         yield
 

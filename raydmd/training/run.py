@@ -288,7 +288,8 @@ def train(
                 f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
                 f"Its last checkpoint is kept; the same command resumes. Log: {events}"
             ) from error
-        interim.finish()
+        if not (folder / "STOP").exists():  # what is under way is measured when the run goes on
+            interim.finish()
         follower.close()
         news = list(read_lines(events))[seen:]
     return outcome(recipe, news, result)

@@ -56,7 +56,9 @@ class Halving(AsyncHyperBandScheduler):
         """See :class:`ray.tune.schedulers.TrialScheduler`."""
         self._hear(tune_controller)
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        return decision
+        # One that goes on after an interruption tells its evaluations again: it has been judged by them.
+        known = int(result[self._time_attr]) in self._search.known(trial.trial_id)
+        return self.CONTINUE if known else decision
 
     def _hear(self, controller: Any) -> None:
         """Take in what others have found."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 AT = "at "
 """Before the cycle, in the name of what keeps an evaluation's figures."""
 ERROR, OWNER, SECONDS, REPEAT, OF, LINEAGE = "error", "owner", "gpu_seconds", "repeat", "of", "lineage"
+BORN, DEATHS, VOID = "born", "deaths", "void"
+"""The number under which it was claimed; how often its process has died; nobody is to run it."""
 STOP = "stops"
 """Of a study: whom each word to stop was for, the first one first; null is for all."""
 
@@ -62,6 +64,11 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state != TrialState.FAIL or ERROR in trial.user_attrs
 
 
+def is_given(trial: FrozenTrial) -> bool:
+    """Whether it was put into the study to be claimed, rather than drawn by the one who claims it."""
+    return bool({"fixed_params", "retry_history"} & trial.system_attrs.keys())
+
+
 def is_setting(trial: FrozenTrial) -> bool:
     """Whether it counts, and is the first run of its setting."""
     return counts(trial) and not trial.user_attrs.get(REPEAT)
@@ -71,6 +78,12 @@ def root_of(trial: FrozenTrial) -> int:
     """Number of a trial's first attempt."""
     history: list[int] = trial.system_attrs.get("retry_history", [])
     return history[0] if history else trial.number
+
+
+def figures_at(trial: FrozenTrial) -> dict[int, dict[str, float]]:
+    """Figures of a trial's evaluations, in the order of their cycles."""
+    found = {int(k.removeprefix(AT)): dict(v) for k, v in trial.user_attrs.items() if k.startswith(AT)}
+    return dict(sorted(found.items()))
 
 
 def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
@@ -91,7 +104,7 @@ def row_of(trial: FrozenTrial, objectives: Sequence[str]) -> Row:
         cluster=str(attrs.get(OWNER, "")),
         changes=dict(attrs.get("changes", {})),
         values=dict(zip(objectives, values, strict=True)) if values else {},
-        at={int(k.removeprefix(AT)): dict(v) for k, v in sorted(attrs.items()) if k.startswith(AT)},
+        at=figures_at(trial),
         error=str(attrs.get(ERROR, "")),
         of=attrs.get(OF),
         lineage=tuple(Entry(**entry) for entry in attrs.get(LINEAGE, ())),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from raydmd.tuning.trial import STOPPED
+from raydmd.tuning.trial import HELD, STOPPED
 
 if TYPE_CHECKING:
     from raydmd.tuning.study import Claim, Study
@@ -39,6 +39,11 @@ class StudySearch(Searcher):
         self.robbed: set[str] = set()
         self.why = ""
         self._asked = 0.0
+
+    def known(self, trial_id: str) -> frozenset[int]:
+        """Cycles whose evaluations were there before this attempt."""
+        claim = self.claims.get(trial_id)
+        return claim.known if claim else frozenset()
 
     def close(self, why: str) -> None:
         """Claim no more."""
@@ -74,7 +79,9 @@ class StudySearch(Searcher):
         if claim is None:
             return
         if error or result is None:
-            self._study.failed(claim.number, "its process ended; Ray's logs say why")
+            self._study.died(claim.number, "its process ended; Ray's logs say why")
+        elif HELD in result:
+            self._study.let_go(claim.number)
         elif STOPPED in result:
             pass  # the study gives it back
         elif "error" in result:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -54,7 +55,7 @@ class Dimension(Section):
 
 
 class Range(Dimension):
-    """Numbers from ``low`` to ``high``; whole ones if both are."""
+    """Numbers from ``low`` to ``high``; whole ones if both are, and the step."""
 
     low: int | float
     high: int | float
@@ -73,7 +74,7 @@ class Range(Dimension):
 
     def pick(self, name: str, chooser: Chooser, recipe: Mapping[str, Any]) -> Any:
         """See :class:`Dimension`."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
+        if isinstance(self.low, int) and isinstance(self.high, int) and float(self.step or 1).is_integer():
             return chooser.suggest_int(name, self.low, self.high, step=int(self.step or 1), log=self.log)
         return chooser.suggest_float(name, float(self.low), float(self.high), step=self.step, log=self.log)
 
@@ -209,6 +210,32 @@ class Explorer:
         self._depth += 1
         self.chosen[name] = value
         return value
+
+
+class Tumbler:
+    """A chooser that goes to a random end of every range, and to a random one of every few.
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float:
+        """See :class:`Chooser`."""
+        del name, step, log
+        return self._rng.choice((low, high))
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        """See :class:`Chooser`."""
+        del name, step, log
+        return self._rng.choice((low, high))
+
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
+        """See :class:`Chooser`."""
+        del name
+        return self._rng.choice(choices)
 
 
 def ends(low: float, high: float, step: float | None, log: bool) -> list[float]:

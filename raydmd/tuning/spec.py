@@ -13,7 +13,7 @@ from raydmd.recipe_io import explain, nearest
 from raydmd.recipe_types import Count, Positive, Section, Word
 from raydmd.tuning.population import Population, check_space
 from raydmd.tuning.repeats import SEED
-from raydmd.tuning.space import Choice, Dimension, Explorer, Ordered, Phases, Range, ends, points
+from raydmd.tuning.space import Choice, Dimension, Explorer, Ordered, Phases, Range, Tumbler, ends, points
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raydmd.tuning.space import Chooser
 
 CORNERS = 4096
-"""Combinations of the ends of all ranges that are looked at before a sweep starts."""
+"""Combinations of the ends of all ranges that are looked at before a sweep starts; of more, as many are drawn too."""
 GRID = 10_000
 """Points that a grid may have."""
 KINDS: tuple[tuple[str, type[Dimension]], ...] = (
@@ -69,10 +69,10 @@ class Budget(Section):
 
 
 class Versus(Section):
-    """At the end, the recipe is trained as it is, and compared with the best trial on seeds that no trial has seen."""
+    """At the end the recipe is trained as it is, and compared with the best trial on seeds that no trial has seen."""
 
     seeds: Count = 3
-    """Evaluations of each, with prompts and noise of their own."""
+    """Evaluations of each, with noise of their own, and prompts where a judge brings them."""
 
 
 class Sweep(Section):
@@ -124,6 +124,14 @@ class Sweep(Section):
         return self
 
     @model_validator(mode="after")
+    def _repeats_are_whole(self) -> Self:
+        if self.repeats > 1 and self.stopping:
+            raise ValueError(
+                "repeats and stopping exclude each other: a setting counts once all its runs have come to their end"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _population_has_members(self) -> Self:
         if self.population is None:
             return self
@@ -159,11 +167,7 @@ class Sweep(Section):
         Raises:
             InputError: at one that is no recipe, with the reason.
         """
-        explorer = Explorer(ends)
-        for count, _ in enumerate(explorer.rounds()):
-            if count == CORNERS:
-                return
-            changes = self.changes(base, explorer)
+        for changes in self._ends(base):
             try:
                 yield changes, derive(base, changes)
             except InputError as error:
@@ -171,6 +175,15 @@ class Sweep(Section):
                     f"sweep {self.name!r} can come to a recipe that is refused: {_said(changes)}: {error}. Narrow the "
                     "space, or say where a key holds by 'when'"
                 ) from None
+
+    def _ends(self, base: Recipe) -> Iterator[dict[str, Any]]:
+        explorer = Explorer(ends)
+        for count, _ in enumerate(explorer.rounds()):
+            if count == CORNERS:  # too many: these were all of the first keys' low ends
+                tumbler = Tumbler(0)
+                yield from (self.changes(base, tumbler) for _ in range(CORNERS))
+                return
+            yield self.changes(base, explorer)
 
     def grid(self, base: Recipe) -> list[dict[str, Any]]:
         """Every point of a grid, as an Optuna trial's parameters.
@@ -203,7 +216,7 @@ class Sweep(Section):
         recipe["data"].pop("cache", None)
         keys = {"objectives", "space", "stopping", "repeats", "population"}
         own = self.model_dump(mode="json", include=keys)
-        return {"recipe": recipe, **own}
+        return {"recipe": recipe, **own, "search": {"kind": self.search.kind}}
 
 
 def read_sweep(given: Mapping[str, Any]) -> Sweep:

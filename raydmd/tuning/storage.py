@@ -27,7 +27,7 @@ BEAT = 10
 GRACE = 60
 """Seconds of silence after which a trial is taken for lost."""
 RETRIES = 5
-"""Times that a trial may be lost."""
+"""Times that a trial's process may die."""
 OPENINGS = 20
 """Tries to open a storage whose tables others are making."""
 AWAY = 600.0
@@ -49,8 +49,8 @@ def storage_of(url: str) -> RDBStorage:
                     url,
                     heartbeat_interval=BEAT,
                     grace_period=GRACE,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-                    engine_kwargs={"pool_pre_ping": True},
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(None),
+                    engine_kwargs={"pool_pre_ping": True, "connect_args": deadlines(url)},
                 )
         except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
             # Clusters that start together make the tables together: the database lets one of them, and refuses the
@@ -59,6 +59,14 @@ def storage_of(url: str) -> RDBStorage:
                 raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
         time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
+
+
+def deadlines(url: str) -> dict[str, Any]:
+    """How long a database may be silent before it is taken for away: one that is frozen closes no connection."""
+    if not url.startswith("postgresql"):
+        return {}
+    kept_alive = {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+    return {"connect_timeout": 10, "tcp_user_timeout": 30_000, **kept_alive}
 
 
 def storage_url(spec: Sweep, folder: Path) -> str:

@@ -25,6 +25,8 @@ from raydmd.errors import InputError
 from raydmd.tuning.repeats import SEED
 from raydmd.tuning.rows import (
     AT,
+    BORN,
+    DEATHS,
     ERROR,
     LINEAGE,
     OF,
@@ -32,12 +34,15 @@ from raydmd.tuning.rows import (
     REPEAT,
     SECONDS,
     STOP,
+    VOID,
     Row,
+    figures_at,
+    is_given,
     is_setting,
     root_of,
     row_of,
 )
-from raydmd.tuning.storage import GRACE, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
+from raydmd.tuning.storage import GRACE, RETRIES, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,11 +64,13 @@ class Claim:
         number: of the trial.
         root: number that its folder is called after: of the first attempt.
         changes: of the recipe.
+        known: cycles whose evaluations earlier attempts have told.
     """
 
     number: int
     root: int
     changes: dict[str, Any]
+    known: frozenset[int] = frozenset()
 
 
 class Study:
@@ -85,6 +92,7 @@ class Study:
     def __init__(self, spec: Sweep, base: Recipe, url: str, cluster: str) -> None:
         self.spec, self._base, self._cluster, self._url = spec, base, cluster, url
         self._mine: dict[int, int] = {}
+        self._asked: optuna.Trial | None = None
         self.patience = Patience(url)
         facts, storage = spec.facts(base), storage_of(url)
         goals = [DIRECTIONS[goal] for goal in spec.objectives.values()]
@@ -109,29 +117,46 @@ class Study:
     @patiently
     def claim(self) -> Claim | None:
         """A trial to run; ``None`` if there is none now."""
-        self._rescue()
-        waiting = any(t.state == TrialState.WAITING for t in self._trials())
-        if not waiting and (self.spec.search.kind == "grid" or self.taken() >= self.budget):
+        try:
+            return self._claimed()
+        except UpdateFinishedTrialError:  # it took so long that the trial was taken for lost
+            if self._asked:
+                self._mine.pop(self._asked.number, None)
+            self._asked = None
             return None
-        with quiet():
-            trial = self._study.ask()
+
+    def _claimed(self) -> Claim | None:
+        if self._asked is None:
+            self._rescue()
+            trials, grid = self._trials(), self.spec.search.kind == "grid"
+            waiting = any(t.state == TrialState.WAITING for t in trials)
+            if not waiting and (grid or sum(is_setting(t) for t in trials) >= self.budget):
+                return None
+            with quiet():
+                self._asked = self._study.ask()
+        trial = self._asked  # kept until it is a claim: an outage in between must not leave it behind
         number = trial.number
-        before = sum(is_setting(t) for t in self._trials() if t.number < number)
-        if not waiting and before >= self.budget:  # another cluster was a moment earlier
-            self._study.tell(trial, state=TrialState.FAIL)
-            return None
+        if not is_given(frozen := self._frozen(number)):  # drawn here, since another cluster was a moment earlier
+            before = sum(is_setting(t) for t in self._trials() if t.number < number)
+            if self.spec.search.kind == "grid" or before >= self.budget:
+                trial.set_user_attr(VOID, True)
+                self._tell(number, TrialState.FAIL)
+                self._asked = None
+                return None
         self._study.sampler = self._sampler(number)
         self._mine[number] = trial._trial_id
         self.beat()
         trial.set_user_attr(OWNER, self._cluster)
+        trial.set_user_attr(BORN, number)
         trial.set_user_attr(SECONDS, 0.0)  # those of an attempt before this one are that one's
-        changes, root = self.spec.changes(self._base, trial), root_of(self._frozen(number))
+        changes, root = self.spec.changes(self._base, trial), root_of(frozen)
         if self.spec.repeats > 1:
             if REPEAT not in trial.user_attrs:
                 self._repeat(trial, root)
             changes[SEED] = self._base.seed + int(trial.user_attrs.get(REPEAT, 0))
         trial.set_user_attr("changes", changes)
-        return Claim(number, root, changes)
+        self._asked = None
+        return Claim(number, root, changes, frozenset(figures_at(frozen)))
 
     @property
     def budget(self) -> int:
@@ -178,6 +203,8 @@ class Study:
         try:
             self._storage.set_trial_user_attr(self._mine[number], f"{AT}{cycle}", found)
             self._storage.set_trial_user_attr(self._mine[number], SECONDS, gpu_seconds)
+            if len(self.spec.objectives) == 1 and found:  # what the estimator ranks stopped trials by
+                self._storage.set_trial_intermediate_value(self._mine[number], cycle, next(iter(found.values())))
         except UpdateFinishedTrialError:  # it was taken for lost
             return False
         return True
@@ -215,6 +242,24 @@ class Study:
         self._tell(number, TrialState.FAIL)
 
     @patiently
+    def died(self, number: int, why: str) -> None:
+        """Tell that a trial's process is gone: the trial goes on elsewhere, unless that happens every time."""
+        deaths = int(self._frozen(number).user_attrs.get(DEATHS, 0)) + 1
+        if deaths > RETRIES:
+            self.failed(number, f"{why}; {deaths} times")
+            return
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(self._mine[number], DEATHS, deaths)
+        self.let_go(number)
+
+    @patiently
+    def let_go(self, number: int) -> None:
+        """Let others, or this cluster later, go on with a trial."""
+        if number in self._mine:
+            self._lose(self._frozen(number))
+            self._mine.pop(number)
+
+    @patiently
     def give_back(self) -> int:
         """Let others, or the next command, go on with this cluster's trials; returns how many there were.
 
@@ -234,15 +279,29 @@ class Study:
     @patiently
     def gpu_hours(self) -> float:
         """Of all clusters' trials so far."""
-        return sum(float(t.user_attrs.get(SECONDS, 0.0)) for t in self._trials()) / 3600
+        held = (t for t in self._trials() if t.state != TrialState.WAITING)  # one that is put back has a copy of them
+        return sum(float(t.user_attrs.get(SECONDS, 0.0)) for t in held) / 3600
 
     @patiently
     def attribute(self, name: str, make: Any = None) -> Any:
         """What all clusters share, made by the first."""
-        found = self._study.user_attrs
-        if name not in found and make is not None:
-            self._study.set_user_attr(name, make())
+        if name not in self._study.user_attrs and make is not None:
+            mine = self._first(name)
+            deadline = time.monotonic() + (0 if mine else READY)
+            while name not in self._study.user_attrs and time.monotonic() < deadline:
+                time.sleep(0.5)
+            if name not in self._study.user_attrs:  # whoever was first has died over it
+                self._study.set_user_attr(name, make())
         return self._study.user_attrs.get(name)
+
+    def _first(self, name: str) -> bool:
+        """Whether nobody has asked this before: what a database makes once is a study's name."""
+        try:
+            with quiet():
+                optuna.create_study(study_name=f"{self.spec.name}: {name}", storage=self._storage)
+        except DuplicatedStudyError:
+            return False
+        return True
 
     def _repeat(self, trial: optuna.Trial, root: int) -> None:
         """Have the setting of a trial run again, with other seeds; a cluster may have died over it."""
@@ -260,15 +319,30 @@ class Study:
             fail_stale_trials(self._study)
         for trial in self._trials():
             # Claimed by somebody who died before the first sign of life.
-            unborn = trial.state == TrialState.RUNNING and OWNER not in trial.user_attrs
+            unborn = trial.state == TrialState.RUNNING and trial.user_attrs.get(BORN) != trial.number
             if unborn and trial.datetime_start and datetime.now() - trial.datetime_start > timedelta(seconds=GRACE):
                 self._lose(trial)
+        self._follow_up()
+
+    def _follow_up(self) -> None:
+        """Have lost trials run again that nobody has put back: whoever was at it died, or the storage was away."""
+        trials = self._trials()
+        followed = {number for t in trials for number in t.system_attrs.get("retry_history", ())}
+        for trial in trials:
+            lost = trial.state == TrialState.FAIL and not {ERROR, VOID} & trial.user_attrs.keys()
+            if not lost or trial.number in followed or trial.datetime_complete is None:
+                continue
+            if datetime.now() - trial.datetime_complete > timedelta(seconds=GRACE):
+                self._again(trial)
 
     def _lose(self, trial: FrozenTrial) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
             if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
-                with quiet():
-                    RetryHeartbeatStaleTrialCallback(None)(self._study, copy.deepcopy(trial))  # it writes to it
+                self._again(trial)
+
+    def _again(self, trial: FrozenTrial) -> None:
+        with quiet():
+            RetryHeartbeatStaleTrialCallback(None)(self._study, copy.deepcopy(trial))  # it writes to it
 
     def _tell(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
         # Told already, if it was taken for lost meanwhile: then another has it.
@@ -276,8 +350,10 @@ class Study:
         self._mine.pop(number, None)
 
     def _agrees(self, facts: Mapping[str, Any]) -> None:
-        deadline = time.monotonic() + READY
+        deadline, seen = time.monotonic() + READY, 0
         while (before := self._study.user_attrs.get("facts")) is None:
+            if (now := len(self._study.get_trials(deepcopy=False))) > seen:  # a grid takes a while
+                deadline, seen = time.monotonic() + READY, now
             if time.monotonic() > deadline:
                 raise InputError(
                     f"study {self.spec.name!r} in {shown(self._url)} was begun and never set up, by a command that "

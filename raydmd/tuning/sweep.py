@@ -23,7 +23,7 @@ from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
 from raydmd.training.export import PIPELINE
-from raydmd.training.folder import locked
+from raydmd.training.folder import Held, locked
 from raydmd.training.pools import teacher_pool
 from raydmd.training.run import versions
 from raydmd.training.stopping import stop_on_signals
@@ -41,7 +41,7 @@ from raydmd.tuning.trial import LEAVE, Common, RunTrial
 from raydmd.tuning.verdict import judge, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from raydmd.recipe import Recipe
@@ -54,13 +54,14 @@ SAY = 30.0
 """Seconds between two lines about how it goes."""
 
 
-def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
+def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], object] = lambda: None) -> int:
     """Run this cluster's share of a sweep; the same command goes on with one that was stopped.
 
     Args:
         spec: the sweep.
         base: the recipe that its trials differ from.
         cluster: this cluster's name in the study; its commands run one at a time.
+        agreed: is called once the study is known to be this sweep's.
 
     Returns:
         The exit code, ``DONE``.
@@ -75,6 +76,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
     prepared = check(spec, base)
     with locked(folder / "clusters" / cluster):
         study = Study(spec, base, storage_url(spec, folder), cluster)
+        agreed()
         stop = folder / "clusters" / cluster / "STOP"
         study.patience.stop = stop
         if spec.population:
@@ -84,7 +86,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str) -> int:
         if study.over() and (best := best_of(study.rows(), spec)) and not judged_here(spec, base, best):
             print(f"sweep '{spec.name}' is finished")
             print(table(study.rows(), spec))
-            if verdict := kept(folder, best):
+            if verdict := kept(folder, best, spec):
                 print(verdict.text(spec.objectives))
             return DONE
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
@@ -130,13 +132,16 @@ def conclude(
     print(f"best      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
     publish(spec, base, best, prepared)
     if study.over() and judged_here(spec, base, best):
-        print(judge(spec, base, best, pool, stop, tags).text(spec.objectives))
+        try:
+            print(judge(spec, base, best, pool, stop, tags).text(spec.objectives))
+        except Held:
+            print("verdict: another cluster of this sweep is at it; raydmd sweep best will show it")
 
 
 def judged_here(spec: Sweep, base: Recipe, best: Row) -> bool:
     """Whether this cluster has yet to find the verdict: the best trial is in its folder."""
     here = (base.output / f"{best.root:04d}" / PIPELINE).is_dir()
-    return bool(spec.verdict) and here and kept(base.output.parent, best) is None
+    return bool(spec.verdict) and here and kept(base.output.parent, best, spec) is None
 
 
 def conduct(
@@ -168,7 +173,8 @@ def conduct(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=parallel,
-            reuse_actors=True,
+            # One kept for the next trial would train on, and one that takes long to leave would be lost to the search.
+            reuse_actors=False,
         ),
         run_config=tune.RunConfig(
             name=f"{stop.parent.name}-{int(time.time())}",

@@ -17,7 +17,7 @@ from ray import tune
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
 from raydmd.training.cluster import settle
-from raydmd.training.folder import PATIENCE, finished, locked, same_run
+from raydmd.training.folder import PATIENCE, Held, finished, locked, same_run
 from raydmd.training.run import Surroundings, conduct, prepare
 from raydmd.training.students import EVALUATION
 from raydmd.training.takeover import LEG, end_leg, release
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 LEAVE = 300.0
 """Seconds that a run has to stop in, with a checkpoint."""
+HELD = "held"
+"""Of the last result of a trial that somebody else still trains, who was taken for dead."""
 STOPPED = "stopped"
 """Of the last result of a trial that is gone on with when the sweep is."""
 
@@ -87,14 +89,6 @@ class RunTrial(tune.Trainable):
             self._stop.touch()
             self._thread.join(LEAVE)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial: what this process has imported need not be imported again."""
-        self.cleanup()
-        if self._thread.is_alive():
-            return False
-        self._begin(new_config)
-        return True
-
     def gpu_seconds(self) -> float:
         """That the run's workers have held so far."""
         p = self._recipe.placement
@@ -124,6 +118,8 @@ class RunTrial(tune.Trainable):
                 around = Surroundings(self._tags, tracked=True, tell=self._tell)
                 conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
                 release(self._recipe.folder)
+        except Held:
+            self._news.put({"cycle": 0, HELD: True, "finished": False, "done": True})
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
             leg = self._until is not None and isinstance(error, RunStopped) and not self._stop.exists()
             if leg and end_leg(self._recipe.folder, int(self._until or 0)):

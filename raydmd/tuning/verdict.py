@@ -1,4 +1,7 @@
-"""Is what a sweep has found better than what it began from? Both students on seeds that no trial has seen."""
+"""Is what a sweep has found better than what it began from? Both students on seeds that no trial has seen.
+
+Each was trained once: what differs by less than two trainings of one recipe do is luck (``repeats`` tells how much).
+"""
 
 from __future__ import annotations
 
@@ -68,13 +71,13 @@ class Verdict:
         return "\n".join(lines)
 
 
-def kept(folder: Path, best: Row) -> Verdict | None:
+def kept(folder: Path, best: Row, spec: Sweep) -> Verdict | None:
     """What an earlier command found of the same trial."""
     try:
         found = Verdict(**json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return found if found.trial == best.root else None
+    return found if spec.verdict and (found.trial, len(found.seeds)) == (best.root, spec.verdict.seeds) else None
 
 
 def judge(spec: Sweep, base: Recipe, best: Row, pool: Pool | None, stop: Path, tags: Mapping[str, str]) -> Verdict:
@@ -89,6 +92,7 @@ def judge(spec: Sweep, base: Recipe, best: Row, pool: Pool | None, stop: Path, t
         tags: of the MLflow run.
 
     Raises:
+        Held: if another cluster is at it.
         RunStopped: and what else :func:`raydmd.training.run.conduct` does.
     """
     assert spec.verdict is not None

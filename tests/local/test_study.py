@@ -7,18 +7,24 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe, derive
 from raydmd.tuning import storage as storages
 from raydmd.tuning import study as studies
+from raydmd.tuning.halving import Halving
 from raydmd.tuning.repeats import merged
+from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import as_json, best_of, front, progress, table
 from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.study import Study, rows_of, tell_to_stop
+from raydmd.tuning.trial import Common
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "ray"))
@@ -259,6 +265,121 @@ def test_a_word_to_stop_reaches_clusters_elsewhere_once(tmp_path: Path) -> None:
     assert b.told_to_stop()
     again = Study(spec(), Recipe(), url(tmp_path), "a")  # the same command goes on
     assert not again.told_to_stop()
+
+
+def test_an_outage_in_the_middle_of_a_claim_leaves_no_trial_behind(tmp_path: Path) -> None:
+    study = Study(spec(budget={"trials": 2}), Recipe(), url(tmp_path), "c")
+    real, left = study._storage.set_trial_user_attr, [3]
+
+    def fails(trial_id: int, key: str, value: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OperationalError("no answer", None, Exception("no answer"))
+        real(trial_id, key, value)
+
+    study._storage.set_trial_user_attr = fails  # type: ignore[method-assign]
+    claims = [study.claim(), study.claim()]
+    assert left[0] < 0
+    assert [claim.number for claim in claims if claim] == [0, 1]
+    assert study.claim() is None
+    for number in (0, 1):
+        study.finished(number, figures(1.0))
+    assert study.over()
+
+
+def test_a_trial_whose_process_dies_goes_on_until_it_always_does(tmp_path: Path) -> None:
+    study = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "c")
+    seen = []
+    while claim := study.claim():
+        seen.append(claim.root)
+        study.note(claim.number, 10, figures(1.0))
+        study.died(claim.number, "killed")
+    assert seen == [0] * (storages.RETRIES + 1)
+    last = study.rows()[-1]
+    assert (last.state, last.error) == ("failed", "killed; 6 times")
+    assert study.over()
+
+
+def test_any_number_of_stops_loses_no_trial(tmp_path: Path) -> None:
+    grid = spec(space={"method.steps": [4]}, search={"kind": "grid"})
+    for _ in range(8):
+        study = Study(grid, Recipe(), url(tmp_path), "c")
+        assert study.claim()
+        assert study.give_back() == 1
+    claim = Study(grid, Recipe(), url(tmp_path), "c").claim()
+    assert claim
+    assert claim.root == 0
+
+
+def test_a_lost_trial_that_nobody_put_back_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "c")
+    claim = study.claim()
+    assert claim
+    study._storage.set_trial_state_values(study._mine[claim.number], state=TrialState.FAIL)  # and then it died
+    for module in (studies, storages):
+        monkeypatch.setattr(module, "GRACE", 1)
+    time.sleep(1.5)
+    again = Study(spec(budget={"trials": 1}), Recipe(), url(tmp_path), "d")
+    time.sleep(1.5)
+    taken = again.claim()
+    assert taken
+    assert taken.root == 0
+    again.finished(taken.number, figures(1.0))
+    assert again.claim() is None
+    assert again.over()
+
+
+def test_what_all_share_is_made_once(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        time.sleep(1)
+        made.append(name)
+        return name
+
+    both = [Study(spec(), Recipe(), url(tmp_path), name) for name in ("a", "b")]
+    with ThreadPoolExecutor(2) as at_once:
+        found = list(at_once.map(lambda s: s.attribute("run", lambda: make(s._cluster)), both))
+    assert len(made) == 1
+    assert found == made * 2
+
+
+def halving(study: Study) -> tuple[StudySearch, Halving]:
+    search = StudySearch(study, Common(Recipe(), {}))
+    found = Halving(study, search, time_attr="cycle", metric="frechet", mode="min", max_t=100, grace_period=5)
+    return search, found
+
+
+def test_halving_counts_others_by_their_cycles_and_judges_nobody_twice(tmp_path: Path) -> None:
+    alone = spec(objectives={"frechet": "min"}, budget={"trials": 9})
+    others = Study(alone, Recipe(), url(tmp_path), "others")
+    for value in (50.0, 60.0, 70.0):  # at cycle 5; much better by cycle 10, which comes before it as text
+        claim = others.claim()
+        assert claim
+        others.note(claim.number, 5, {"frechet": value})
+        others.note(claim.number, 10, {"frechet": value - 45})
+    study = Study(alone, Recipe(), url(tmp_path), "c")
+    search, scheduler = halving(study)
+    config = search.suggest("mine")
+    trial = SimpleNamespace(trial_id="mine")
+    scheduler.on_trial_add(None, trial)
+    result = {"cycle": 5, "frechet": 40.0, "gpu_seconds": 0.0}
+    assert scheduler.on_trial_result(None, trial, result) == scheduler.CONTINUE  # the best of all at that cycle
+    search.on_trial_result("mine", result)
+    for value in (1.0, 2.0, 3.0):
+        claim = others.claim()
+        assert claim
+        others.note(claim.number, 5, {"frechet": value})
+    study.let_go(config["number"])
+    search, scheduler = halving(study)  # the next command goes on with it, and hears of its evaluation again
+    assert search.suggest("again")["root"] == config["root"]
+    trial = SimpleNamespace(trial_id="again")
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, result) == scheduler.CONTINUE
+    fresh = SimpleNamespace(trial_id="fresh")
+    search.suggest("fresh")
+    scheduler.on_trial_add(None, fresh)
+    assert scheduler.on_trial_result(None, fresh, result) == scheduler.STOP  # a new one of those figures is stopped
 
 
 WORKS = """
