@@ -11,7 +11,7 @@ import pytest
 from raydmd.errors import InputError
 from raydmd.recipe import Recipe, derive
 from raydmd.tuning.space import Choice, Explorer, Ordered, Phases, Range, ends, points
-from raydmd.tuning.spec import Sweep, read_sweep
+from raydmd.tuning.spec import CORNERS, Sweep, read_sweep
 
 pytestmark = pytest.mark.unit
 
@@ -147,6 +147,29 @@ def test_an_impossible_corner_is_refused_with_the_reason() -> None:
     crossing = sweep({"method.times": {"of": [[0.9, 0.1]]}})
     with pytest.raises(InputError, match="times"):
         list(crossing.corners(Recipe()))
+
+
+def test_steps_between_whole_ends_need_not_be_whole() -> None:
+    spec = sweep({"method.guidance": {"low": 2, "high": 3, "step": 0.5}}, search={"kind": "grid"})
+    assert [point["method.guidance"] for point in spec.grid(Recipe())] == [2.0, 2.5, 3.0]
+
+
+def test_a_space_of_too_many_corners_is_looked_at_on_all_sides() -> None:
+    far = {"training.ema": {"low": 0.5, "high": 1.5}}  # an average's decay lies below 1
+    rates = ("rate", "eps", "clip", "weight_decay")
+    many: dict[str, Any] = {
+        f"training.{r}.{k}": {"low": 1e-6, "high": 1e-4} for r in ("student", "fake") for k in rates
+    }
+    counts = ("batch", "fake_updates", "report_every", "checkpoint_every")
+    many |= {f"training.{key}": {"low": 2, "high": 4} for key in counts}
+    assert 2 ** (len(far) + len(many)) > CORNERS
+    with pytest.raises(InputError, match=r"training\.ema"):
+        list(sweep({**far, **many}).corners(Recipe()))
+
+
+def test_repeats_are_not_halved() -> None:
+    with pytest.raises(InputError, match="repeats and stopping exclude each other"):
+        sweep({"method.guidance": [2, 3]}, repeats=2, stopping={"reduction": 3})
 
 
 def test_a_spec_survives_yaml() -> None:
