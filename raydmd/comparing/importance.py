@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 EVALUATOR = "PED-ANOVA"
 ENOUGH = 10
 """Runs below which importances are noise."""
+FEW = 4
+"""Values of a number that count as kinds of it."""
 BETTER = 5
 """Runs that the better ones are at least, as the evaluator's authors ask for."""
 SECTIONS = ("method.", "training.", "model.", "data.")
@@ -110,7 +112,7 @@ def _shares(parameters: Sequence[Parameter], costs: dict[int, float]) -> dict[st
             study = optuna.create_study()
             for i, cost in costs.items():
                 here = [p for p in parameters if p.has(i)]
-                values = {p.key: _value(p, i) for p in here}
+                values = {p.key: _value(p, i, list(costs)) for p in here}
                 own = {p.key: spaces[p.key] for p in here}
                 study.add_trial(create_trial(state=TrialState.COMPLETE, value=cost, params=values, distributions=own))
             better = max(0.1, min(0.5, BETTER / len(costs)))
@@ -121,12 +123,17 @@ def _shares(parameters: Sequence[Parameter], costs: dict[int, float]) -> dict[st
 
 
 def _distribution(parameter: Parameter, places: Sequence[int]) -> Any:
-    if not parameter.numeric:
+    if not _continuous(parameter, places):
         return CategoricalDistribution(sorted({label_of(parameter.values[i]) for i in places if parameter.has(i)}))
     numbers = [float(parameter.values[i]) for i in places if parameter.has(i)]
     return FloatDistribution(min(numbers), max(numbers), log=parameter.log)
 
 
-def _value(parameter: Parameter, run: int) -> Any:
+def _continuous(parameter: Parameter, places: Sequence[int]) -> bool:
+    """Whether it has more than a few values; a density over a range finds differences in two or three that are none."""
+    return parameter.numeric and len({parameter.values[i] for i in places if parameter.has(i)}) > FEW
+
+
+def _value(parameter: Parameter, run: int, places: Sequence[int]) -> Any:
     value = parameter.values[run]
-    return float(value) if parameter.numeric else label_of(value)
+    return float(value) if _continuous(parameter, places) else label_of(value)

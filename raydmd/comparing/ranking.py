@@ -90,6 +90,8 @@ def chosen(runs: Sequence[Run], by: str | None, goal: str | None, objectives: Ma
             return None
     else:
         name = existing(runs, by, "--by")
+    if goal and objectives.get(name, goal) != goal:
+        raise InputError(f"--goal {goal}: {name} is an objective with the goal {objectives[name]}")
     found = figure(name, goal or objectives.get(name, ""))
     if not found.goal:
         raise InputError(f"--by {name}: say which way is better, --goal min or --goal max")

@@ -13,8 +13,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from raydmd.errors import InputError
-from raydmd.tracking.reader import OBJECTIVES, SWEEP
-from raydmd.tracking.tracker import experiment_of, flatten
+from raydmd.tracking.reader import OBJECTIVES, SWEEP, patience
+from raydmd.tracking.tracker import WRITING, experiment_of, flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -52,20 +52,21 @@ class Group:
         """
         uri = base.tracking.uri
         try:
-            client = MlflowClient(tracking_uri=uri)
+            with patience(WRITING):
+                client = MlflowClient(tracking_uri=uri)
 
-            def make() -> str:
-                run = client.create_run(experiment_of(client, base), run_name=name, tags={**tags, SWEEP: name})
-                made: str = run.info.run_id
-                for key, value in flatten(base.model_dump(mode="json", exclude={"tracking"})):
-                    client.log_param(made, key, value[:6000])
-                return made
+                def make() -> str:
+                    run = client.create_run(experiment_of(client, base), run_name=name, tags={**tags, SWEEP: name})
+                    made: str = run.info.run_id
+                    for key, value in flatten(base.model_dump(mode="json", exclude={"tracking"})):
+                        client.log_param(made, key, value[:6000])
+                    return made
 
-            # Of this tracking server: clusters may each have their own.
-            group = cls(
-                client, keep(f"mlflow {hashlib.blake2b(str(uri).encode(), digest_size=5).hexdigest()}", make), name
-            )
-            client.set_terminated(group.run_id, status="RUNNING")
+                # Of this tracking server: clusters may each have their own.
+                group = cls(
+                    client, keep(f"mlflow {hashlib.blake2b(str(uri).encode(), digest_size=5).hexdigest()}", make), name
+                )
+                client.set_terminated(group.run_id, status="RUNNING")
         except (MlflowException, OSError) as error:
             raise InputError(f"tracking.uri {uri}: {error}") from error
         return group
@@ -82,18 +83,20 @@ class Group:
             objectives: with their goals.
             files: that belong to the sweep.
         """
-        now = int(time.time() * 1000)
-        done = [row for row in rows if row.values]
         try:
-            self._client.set_tag(self.run_id, OBJECTIVES, json.dumps(dict(objectives)))
-            if done:
-                best = {
-                    k: (min if goal == "min" else max)(row.values[k] for row in done) for k, goal in objectives.items()
-                }
-                metrics = [Metric(f"best/{k}", v, now, len(done)) for k, v in best.items()]
-                self._client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("raydmd.finished", str(len(done)))])
-            for file in files:
-                self._client.log_artifact(self.run_id, str(file))
-            self._client.set_terminated(self.run_id, status="FINISHED")
+            with patience(WRITING):
+                self._write(rows, objectives, files)
         except Exception as error:  # whatever the client raises, the study has it all
             print(f"tracking: the sweep's results did not reach MLflow ({type(error).__name__}: {error})", flush=True)
+
+    def _write(self, rows: Sequence[Any], objectives: Mapping[str, str], files: Sequence[Path]) -> None:
+        now = int(time.time() * 1000)
+        done = [row for row in rows if row.values]
+        self._client.set_tag(self.run_id, OBJECTIVES, json.dumps(dict(objectives)))
+        if done:
+            best = {k: (min if goal == "min" else max)(row.values[k] for row in done) for k, goal in objectives.items()}
+            metrics = [Metric(f"best/{k}", v, now, len(done)) for k, v in best.items()]
+            self._client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("raydmd.finished", str(len(done)))])
+        for file in files:
+            self._client.log_artifact(self.run_id, str(file))
+        self._client.set_terminated(self.run_id, status="FINISHED")

@@ -6,11 +6,12 @@ while therefore costs nothing but time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raydmd.errors import InputError
-
-# Runs try again by themselves: what would be refused at the start is refused within half a minute, not after four.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+from raydmd.tracking.reader import patience
 
 if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
+WRITING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+"""Runs try again by themselves: a server that is away is known to be within half a minute, not after four."""
 STEP, TIME, ATTEMPT = "cycle", "time", "monitor/attempt"
 KEY = "raydmd.key"
 """Tag by which a run's folder knows its MLflow run."""
@@ -55,11 +55,6 @@ class Tracker:
         self._opening = threading.Lock()
         self._logged = (0, -1)
 
-    @property
-    def run_id(self) -> str:
-        """MLflow's."""
-        return self._run()[1]
-
     def connect(self) -> None:
         """See that the tracking server is there.
 
@@ -67,48 +62,51 @@ class Tracker:
             InputError: if it can't be used.
         """
         try:
-            self._run()
+            with self._asked():
+                pass
         except (MlflowException, OSError) as error:
             raise InputError(f"tracking.uri {self.uri}: {error}") from error
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows of metrics, each with its ``cycle`` and ``time``; those already written are left out."""
-        client, run_id = self._run()
-        for row in rows:
-            step = int(row[STEP])
-            place = (int(row.get(ATTEMPT, self._logged[0])), step)
-            if place <= self._logged:
-                continue
-            client.log_batch(run_id, metrics=_metrics(row, step, row[TIME]))
-            self._logged = place
+        with self._asked() as (client, run_id):
+            for row in rows:
+                step = int(row[STEP])
+                place = (int(row.get(ATTEMPT, self._logged[0])), step)
+                if place <= self._logged:
+                    continue
+                client.log_batch(run_id, metrics=_metrics(row, step, row[TIME]))
+                self._logged = place
 
     def figures(self, figures: Mapping[str, float], *, step: int, when: float) -> None:
         """Write the figures of an evaluation after so many cycles, made at a time, unless they are there."""
-        client, run_id = self._run()
         first = next(iter(figures))
-        if not any(m.step == step for m in client.get_metric_history(run_id, _key(first))):
-            client.log_batch(run_id, metrics=_metrics(figures, step, when))
+        with self._asked() as (client, run_id):
+            if not any(m.step == step for m in client.get_metric_history(run_id, _key(first))):
+                client.log_batch(run_id, metrics=_metrics(figures, step, when))
 
     def results(self, figures: Mapping[str, float], artifacts: Sequence[Path], *, step: int, when: float) -> None:
         """Write the last evaluation's figures and the files that belong to the run."""
         self.figures(figures, step=step, when=when)
-        client, run_id = self._run()
-        for path in artifacts:
-            if path.is_dir():
-                client.log_artifacts(run_id, str(path), path.name)
-            elif path.exists():
-                client.log_artifact(run_id, str(path))
+        with self._asked() as (client, run_id):
+            for path in artifacts:
+                if path.is_dir():
+                    client.log_artifacts(run_id, str(path), path.name)
+                elif path.exists():
+                    client.log_artifact(run_id, str(path))
 
     def end(self, status: str) -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        client, run_id = self._run()
-        client.set_terminated(run_id, status=status)
+        with self._asked() as (client, run_id):
+            client.set_terminated(run_id, status=status)
 
-    def _run(self) -> tuple[MlflowClient, str]:
-        with self._opening:  # the follower's thread, and at the end of a run the driver's
-            if self._open is None:
-                self._open = self._opened()
-        return self._open
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[tuple[MlflowClient, str]]:
+        with patience(WRITING):
+            with self._opening:  # the follower's thread, and at the end of a run the driver's
+                if self._open is None:
+                    self._open = self._opened()
+            yield self._open
 
     def _opened(self) -> tuple[MlflowClient, str]:
         client = MlflowClient(tracking_uri=self.uri)

@@ -87,15 +87,15 @@ def log(output: Path, name: str, changes: dict[str, Any], frechet: float, tags: 
     """A run's folder, and the same in MLflow."""
     changes = {"tracking.experiment": "study", **changes}
     folder = make_run(output, name, changes, frechet, cycles=cycles)
-    tracker = Tracker.open(recipe_of(output, name, changes), tags)
-    tracker.log(metrics_rows(frechet, cycles))
+    tracker = Tracker(recipe_of(output, name, changes), tags)
+    tracker.log([{"time": 1.0, **row} for row in metrics_rows(frechet, cycles)])
     for row in evaluation_rows(frechet, cycles):
-        tracker.figures({k: v for k, v in row.items() if k != "cycle"}, step=int(row["cycle"]))
+        tracker.figures({k: v for k, v in row.items() if k != "cycle"}, step=int(row["cycle"]), when=1.0)
     if cycles < 40:
         tracker.end("KILLED")
         return
     last = {f"evaluation/{k}": v for k, v in figures(frechet).items()}
-    tracker.results(last, [folder / "report.html", folder / "result.json"], step=40)
+    tracker.results(last, [folder / "report.html", folder / "result.json"], step=40, when=2.0)
     tracker.end("FINISHED")
 
 

@@ -38,7 +38,8 @@ def test_rows_are_written_once_and_those_of_a_later_attempt_again(tmp_path: Path
     tracker.log([*first, *again])
     Tracker(recipe, {}).log([*first, *again])
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    seen = sorted((m.step, m.value) for m in client.get_metric_history(tracker.run_id, "fake/loss"))
+    run_id = (recipe.folder / trackers.RUN_ID).read_text()
+    seen = sorted((m.step, m.value) for m in client.get_metric_history(run_id, "fake/loss"))
     assert seen == [(10, 1.0), (20, 1.0), (20, 2.0), (30, 1.0), (30, 2.0), (40, 2.0)]
 
 
