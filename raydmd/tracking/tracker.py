@@ -53,7 +53,7 @@ class Tracker:
         self.uri = recipe.tracking.uri or f"sqlite:///{recipe.output.expanduser().absolute() / 'mlflow.db'}"
         self._open: tuple[MlflowClient, str] | None = None
         self._opening = threading.Lock()
-        self._logged = (0, -1)
+        self._logged: set[tuple[int, int]] = set()
 
     def connect(self) -> None:
         """See that the tracking server is there.
@@ -72,11 +72,10 @@ class Tracker:
         with self._asked() as (client, run_id):
             for row in rows:
                 step = int(row[STEP])
-                place = (int(row.get(ATTEMPT, self._logged[0])), step)
-                if place <= self._logged:
-                    continue
-                client.log_batch(run_id, metrics=_metrics(row, step, row[TIME]))
-                self._logged = place
+                place = (int(row.get(ATTEMPT, 0)), step)
+                if place not in self._logged:
+                    client.log_batch(run_id, metrics=_metrics(row, step, row[TIME]))
+                    self._logged.add(place)
 
     def figures(self, figures: Mapping[str, float], *, step: int, when: float) -> None:
         """Write the figures of an evaluation after so many cycles, made at a time, unless they are there."""
@@ -122,9 +121,11 @@ class Tracker:
         # Of this attempt: its versions, and what a population has made of its settings.
         client.log_batch(run_id, tags=[RunTag(k, v) for k, v in self._tags.items()])
         # After a rollback the same cycles come again, as another attempt.
-        attempts = [(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)]
-        cycles = [(0, m.step) for m in client.get_metric_history(run_id, STEP)]
-        self._logged = max([*attempts, *cycles], default=(0, -1))
+        # After a death as well, and a stop may then leave a row between two that are there.
+        attempts = {(int(m.value), m.step) for m in client.get_metric_history(run_id, ATTEMPT)}
+        steps = {step for _, step in attempts}
+        cycles = {(0, m.step) for m in client.get_metric_history(run_id, STEP) if m.step not in steps}
+        self._logged = attempts | cycles
         return client, run_id
 
     def _found(self, client: MlflowClient) -> Run:

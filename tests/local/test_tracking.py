@@ -43,6 +43,18 @@ def test_rows_are_written_once_and_those_of_a_later_attempt_again(tmp_path: Path
     assert seen == [(10, 1.0), (20, 1.0), (20, 2.0), (30, 1.0), (30, 2.0), (40, 2.0)]
 
 
+def test_a_row_between_two_that_are_there_is_written(tmp_path: Path) -> None:
+    """A death goes back to cycle 32, behind what was logged, and a stop then leaves a row at 33."""
+    recipe = Recipe(name="tracked", output=tmp_path)
+    recipe.folder.mkdir(parents=True)
+    Tracker(recipe, {}).log(rows(30, 32, 35, attempt=0, loss=1.0))
+    Tracker(recipe, {}).log(rows(30, 32, 33, 35, 40, attempt=0, loss=2.0))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = (recipe.folder / trackers.RUN_ID).read_text()
+    seen = sorted((m.step, m.value) for m in client.get_metric_history(run_id, "fake/loss"))
+    assert seen == [(30, 1.0), (32, 1.0), (33, 2.0), (35, 1.0), (40, 2.0)]
+
+
 class Losing:
     """A client whose server does what it is asked, and whose every first answer of a kind is lost."""
 

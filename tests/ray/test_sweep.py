@@ -114,8 +114,8 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     # The trial that was stopped went on from its checkpoint.
     events = [json.loads(line) for line in (trials / "0000" / "events.jsonl").read_text().splitlines()]
     assert any(event["event"] == "resume" and event["cycle"] > 0 for event in events)
-    # One pool, one teacher's clips for all.
-    assert len(list((tmp_path / "runs" / "tiny" / "conditions").glob("clips-*"))) <= 4
+    # The teacher's clips are made once for all trials, and once more for each held-out seed.
+    assert len(list((tmp_path / "runs" / "tiny" / "conditions").glob("clips-*"))) == 2 * (1 + SWEEP["verdict"]["seeds"])
 
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     client = MlflowClient(uri, registry_uri=uri)
