@@ -33,7 +33,10 @@ def compare(
     by: Annotated[
         str | None, typer.Option(metavar="METRIC", help="To sort and colour by; default: the sweep's first objective.")
     ] = None,
-    goal: Annotated[str | None, typer.Option(metavar="min|max", help="Which way --by is better.")] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(metavar="min|max|teacher", help="Which way --by is better; teacher: the nearest to it."),
+    ] = None,
     objectives: Annotated[
         str | None, typer.Option(metavar="A:min,B:max", help="Of the Pareto front; default: the sweep's.")
     ] = None,
@@ -55,8 +58,8 @@ def compare(
 
         if not what:
             raise InputError("which runs? raydmd compare runs/NAME runs/OTHER, or a sweep's folder")
-        if goal not in (None, "min", "max"):
-            raise InputError(f"--goal {goal!r}: min or max")
+        if goal not in (None, "min", "max", "teacher"):
+            raise InputError(f"--goal {goal!r}: min, max or teacher")
         if html.suffix != ".html":
             raise InputError(f"--html {html}: its name must end with .html")
         given = read_objectives(objectives) if objectives else {}

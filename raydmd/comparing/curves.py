@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MOST = 500
 """Points of a curve."""
-COUNTERS = ("cycles", "phase", "monitor/attempt", "time", "evaluation/clips", "evaluation/evaluations")
+COUNTERS = ("cycles", "phase", "monitor/attempt", "time", f"{EVALUATION}clips", f"{EVALUATION}evaluations")
 """Metrics that only count."""
 
 

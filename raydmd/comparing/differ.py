@@ -7,14 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raydmd.comparing.runs import own
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raydmd.comparing.runs import Run
 
-OWN = ("name", "output", "data.cache")
-"""Keys that say where a run is, and not what it is."""
-OWN_SECTIONS = ("tracking.",)
 DECADES = 100.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
 SPREAD = 6
@@ -31,7 +30,7 @@ class Parameter:
     Attributes:
         key: in the recipe; ``key[i]`` is one number of a list.
         label: as short as tells it from the others.
-        numeric: whether all values are numbers.
+        numeric: whether all values are numbers, those apart where it is off.
         log: whether they span more than two decades.
         values: of each run, in order; :data:`ABSENT` where it has none.
     """
@@ -68,7 +67,7 @@ class Differences:
 def differences(runs: Sequence[Run]) -> Differences:
     """Sort the keys of all recipes into those that differ and those that do not."""
     known = [run.recipe for run in runs if run.recipe]
-    keys = [k for k in dict.fromkeys(k for recipe in known for k in recipe) if not _own(k)]
+    keys = [k for k in dict.fromkeys(k for recipe in known for k in recipe) if not own(k)]
     same: dict[str, Any] = {}
     found: dict[str, list[Any]] = {}
     for key in keys:
@@ -156,7 +155,7 @@ def _spread(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _parameter(key: str, label: str, values: list[Any]) -> Parameter:
-    here = [v for v in values if v is not ABSENT]
+    here = [v for v in values if v is not ABSENT and v is not None]  # what is off in some runs has no number there
     numeric = bool(here) and all(_number(v) and math.isfinite(v) for v in here)
     log = numeric and min(here) > 0 and max(here) / min(here) > DECADES
     return Parameter(key, label, numeric, log, tuple(values))
@@ -164,7 +163,3 @@ def _parameter(key: str, label: str, values: list[Any]) -> Parameter:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _own(key: str) -> bool:
-    return key in OWN or key.startswith(OWN_SECTIONS)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from raydmd.comparing.curves import MOST, drawn
 from raydmd.comparing.differ import Differences, differences, label_of, short
 from raydmd.comparing.importance import ENOUGH, EVALUATOR, Importance, importance
+from raydmd.comparing.measured import baselines, unlike
 from raydmd.comparing.ranking import chosen, figure, figures_in, front, objectives_of, order
-from raydmd.comparing.runs import EVALUATION, STATES, named_apart
+from raydmd.comparing.runs import EVALUATION, STATES, named_apart, with_repeats
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def compared(
         InputError: for a figure that is not there, or of which it is not known which way is better.
     """
     given, of_sweep = dict(objectives or {}), dict(sweep_objectives or {})
-    named = named_apart(runs)
+    named = with_repeats(named_apart(runs))
     sort_by = chosen(named, by, goal, {**of_sweep, **given})
     ordered = [named[i] for i in order(named, sort_by)]
     axes = objectives_of(ordered, given, of_sweep, sort_by)
@@ -91,7 +92,7 @@ def compared(
         front=front(ordered, axes) if len(axes) > 1 else set(),
         differences=Differences(tuple(_ranked(found.parameters, mattered, searched)), found.same),
         importance=mattered,
-        notes=list(notes),
+        notes=[*notes, *unlike(named), *_told_of_repeats(ordered)],
     )
 
 
@@ -125,6 +126,7 @@ def document(
             **asdict(mattered),
         },
         "runs": [_run(i, run, found) for i, run in enumerate(found.runs)],
+        "baselines": [{"title": t, "figures": _finite(figures), "runs": n} for t, figures, n in baselines(found.runs)],
         "curves": {
             "points_at_most": MOST,
             "thinned": curves.thinned,
@@ -166,7 +168,7 @@ def for_page(document: Mapping[str, Any]) -> str:
 
 def _ranked(parameters: Sequence[Parameter], mattered: Importance, searched: Sequence[str]) -> list[Parameter]:
     sections = ("method.", "training.", "model.", "data.", "seed")
-    shares = mattered.shares
+    shares = {} if mattered.cycle else mattered.shares  # of runs on their way they are a hint at best
 
     def place(parameter: Parameter) -> tuple[Any, ...]:
         key = parameter.key
@@ -180,7 +182,9 @@ def _ranked(parameters: Sequence[Parameter], mattered: Importance, searched: Seq
 
 def _run(place: int, run: Run, found: Comparison) -> dict[str, Any]:
     here = {p.key: p.of(place) for p in found.differences.parameters if p.has(place)}
-    finite = {k: v for k, v in run.figures.items() if math.isfinite(v)}
+    finite = _finite(run.figures)
+    cost = found.by.cost(run) if found.by else math.inf
+    again = run.repeats
     extra = {f.key: v for f in (found.by, *found.objectives) if f and (v := run.value(f.key)) is not None}
     return {
         "name": run.name,
@@ -197,7 +201,22 @@ def _run(place: int, run: Run, found: Comparison) -> dict[str, Any]:
         "changes": {k: _plain(v) for k, v in here.items()},
         "shown": {k: short(v) for k, v in here.items()},
         "front": place in found.front,
+        "cost": cost if math.isfinite(cost) else None,
+        "teacher": _finite(run.teacher),
+        "repeats": {**asdict(again), "means": dict(again.means), "spread": dict(again.spread)} if again else None,
     }
+
+
+def _told_of_repeats(runs: Sequence[Run]) -> list[str]:
+    settings = {run.repeats.first: run.repeats.runs for run in runs if run.repeats}
+    if not settings:
+        return []
+    several = f"{len(settings)} settings were" if len(settings) > 1 else "one setting was"
+    return [f"{several} run with several seeds: order, front and importance are by their means"]
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {k: v for k, v in figures.items() if math.isfinite(v)}
 
 
 def _figure(figure: Figure) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from raydmd.comparing.runs import (
     leaves,
 )
 from raydmd.errors import InputError
+from raydmd.tracking.tracker import RUN_ID
 from raydmd.training.events import read_lines
 from raydmd.training.students import EVALUATIONS
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
 RECIPE, RESULT, REPORT = "recipe.yaml", "result.json", "report.html"
+STUDENT, REFERENCE = "student", "reference"
+"""Rows of an evaluation: what is measured, and the teacher that it is to be near."""
 
 
 def is_run(folder: Path) -> bool:
@@ -65,7 +68,8 @@ def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
     curves |= curves_of(read_lines(folder / EVALUATIONS))
     cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)
     state, why = _state(folder)
-    figures, measured = _figures(folder, curves, planned)
+    results = _results(folder)
+    figures, measured = _figures(results.get(STUDENT), curves, planned)
     for key, value in figures.items():
         curve = curves.setdefault(f"{EVALUATION}{key}", [])
         if not curve or curve[-1][0] < measured:
@@ -83,12 +87,15 @@ def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
         planned=planned,
         measured=measured,
         figures=figures,
+        baselines={row["title"]: _numbers(row) for name, row in results.items() if name not in (STUDENT, REFERENCE)},
+        teacher=_numbers(results.get(REFERENCE, {})),
+        tracked=_text(folder / RUN_ID),
         curves=curves,
         report=lambda: report.read_text(encoding="utf-8") if report.is_file() else None,
     )
 
 
-def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any]) -> list[Run]:
+def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any], searched: Iterable[str]) -> list[Run]:
     """A sweep's trials: from their folders, and from the study what these do not know.
 
     Args:
@@ -96,6 +103,7 @@ def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any]) -> li
         name: of the sweep.
         base: the recipe that its trials differ from.
         rows: of its study, see :class:`raydmd.tuning.study.Row`.
+        searched: keys of its space.
     """
     found = []
     for row in rows:
@@ -124,6 +132,9 @@ def read_sweep(folder: Path, name: str, base: Recipe, rows: Iterable[Any]) -> li
                 figures=row.values or at.get(measured, {}),
                 curves=curves,
             )
+        # A key that this trial's other choices leave without a meaning has none, whatever the recipe's default is.
+        idle = set(searched) - set(row.changes) if row.changes else set()
+        here = replace(here, recipe={k: v for k, v in here.recipe.items() if k not in idle})
         found.append(_told(here, state, row.error))
     return found
 
@@ -161,18 +172,31 @@ def _held(lock: Path) -> bool:
     return False
 
 
-def _figures(folder: Path, curves: Mapping[str, Curve], planned: int) -> tuple[dict[str, float], int]:
-    """The student's figures, and after how many cycles they were taken: the last ones, else those on the way."""
+def _results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a run's last evaluation, by name; none if it has not come so far."""
     try:
         rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["rows"]
-        row = next(r for r in rows if r["name"] == "student")
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        row = None
+        return {row["name"]: {"title": row["name"], **row} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation's row."""
+    return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k != "clips"}
+
+
+def _figures(row: Mapping[str, Any] | None, curves: Mapping[str, Curve], planned: int) -> tuple[dict[str, float], int]:
+    """The student's figures, and after how many cycles they were taken: the last ones, else those on the way."""
     if row is not None:
-        return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k != "clips"}, planned
+        return _numbers(row), planned
     of_evaluations = {k.removeprefix(EVALUATION): c for k, c in curves.items() if k.startswith(EVALUATION) and c}
     measured = max((curve[-1][0] for curve in of_evaluations.values()), default=0)
     return {k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured and k != "clips"}, measured
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 
 def _first(error: Exception) -> str:

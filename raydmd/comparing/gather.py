@@ -92,10 +92,15 @@ def gather(what: Sequence[str], tracking: str | None, study: Callable[[Path], Sw
             own = numbered([*known, facts.name])[-1]
             if own != facts.name:
                 found.notes.append(f"sweep {own} is {folder.absolute()}")
-            runs = read_sweep(folder, own, facts.base, facts.rows)
+            runs = read_sweep(folder, own, facts.base, facts.rows, facts.searched)
             if not runs:
                 raise InputError(f"sweep '{facts.name}' in {folder} has no trials yet")
             found.runs += runs
+            if any(row.lineage for row in facts.rows):
+                found.notes.append(
+                    f"settings of the population {own} change on the way: shown are the last ones; "
+                    f"raydmd sweep best {folder} prints all"
+                )
             found.searched += [k for k in facts.searched if k not in found.searched]
             goals.append(dict(facts.objectives))
         else:

@@ -70,13 +70,17 @@ def importance(runs: Sequence[Run], parameters: Sequence[Parameter], by: Figure 
     if by is None:
         return Importance(finished=len(done), why="no run has been evaluated")
     costs = {i: by.cost(runs[i]) for i in done if by.cost(runs[i]) < float("inf")}
+    # Repeats count once, by their mean.
+    settings = {again.first if (again := runs[i].repeats) else runs[i].name: i for i in reversed(costs)}
+    costs = {i: cost for i, cost in costs.items() if i in settings.values()}
     finished, cycle = len(costs), 0
     if finished < ENOUGH:
         cycle, costs = _at(runs, by)
     if len(costs) < ENOUGH:
         few = f"{finished} finished run{'' if finished == 1 else 's'}"
         return Importance(finished=finished, why=f"too few runs to tell: {few} with {by.key}, of {ENOUGH} needed")
-    usable = [p for p in parameters if _usable(p, list(costs))]
+    # After equally many cycles it does not matter how many there will be.
+    usable = [p for p in parameters if _usable(p, list(costs)) and not (cycle and p.key == "training.cycles")]
     if not usable:
         return Importance(finished=finished, why="no key of method, training, model or data is comparable between runs")
     shares = _shares(usable, costs)
@@ -85,19 +89,18 @@ def importance(runs: Sequence[Run], parameters: Sequence[Parameter], by: Figure 
 
 def _at(runs: Sequence[Run], by: Figure) -> tuple[int, dict[int, float]]:
     """The last cycle after which enough runs have a figure, and their costs there."""
-    sign = -1.0 if by.goal == "max" else 1.0
     at: dict[int, dict[int, float]] = {}
     for i, run in enumerate(runs):
         for cycle, value in run.curves.get(f"{EVALUATION}{by.key}", []):
-            if value == value and abs(value) < float("inf"):
-                at.setdefault(cycle, {})[i] = sign * value
+            if value == value and (cost := by.cost_of(value, run)) < float("inf"):
+                at.setdefault(cycle, {})[i] = cost
     enough = [cycle for cycle, costs in at.items() if len(costs) >= ENOUGH]
     return (max(enough), at[max(enough)]) if enough else (0, {})
 
 
 def _usable(parameter: Parameter, places: Sequence[int]) -> bool:
     """Whether a key can matter: it has values that come again, or numbers."""
-    here = {label_of(parameter.values[i]) for i in places if parameter.has(i)}
+    here = {label_of(parameter.values[i]) for i in places if _has(parameter, i)}
     own = not parameter.numeric and 2 * len(here) > len(places)
     return parameter.key.startswith(SECTIONS) and len(here) > 1 and not own
 
@@ -111,7 +114,7 @@ def _shares(parameters: Sequence[Parameter], costs: dict[int, float]) -> dict[st
             warnings.simplefilter("ignore")
             study = optuna.create_study()
             for i, cost in costs.items():
-                here = [p for p in parameters if p.has(i)]
+                here = [p for p in parameters if _has(p, i)]
                 values = {p.key: _value(p, i, list(costs)) for p in here}
                 own = {p.key: spaces[p.key] for p in here}
                 study.add_trial(create_trial(state=TrialState.COMPLETE, value=cost, params=values, distributions=own))
@@ -124,14 +127,19 @@ def _shares(parameters: Sequence[Parameter], costs: dict[int, float]) -> dict[st
 
 def _distribution(parameter: Parameter, places: Sequence[int]) -> Any:
     if not _continuous(parameter, places):
-        return CategoricalDistribution(sorted({label_of(parameter.values[i]) for i in places if parameter.has(i)}))
-    numbers = [float(parameter.values[i]) for i in places if parameter.has(i)]
+        return CategoricalDistribution(sorted({label_of(parameter.values[i]) for i in places if _has(parameter, i)}))
+    numbers = [float(parameter.values[i]) for i in places if _has(parameter, i)]
     return FloatDistribution(min(numbers), max(numbers), log=parameter.log)
 
 
 def _continuous(parameter: Parameter, places: Sequence[int]) -> bool:
     """Whether it has more than a few values; a density over a range finds differences in two or three that are none."""
-    return parameter.numeric and len({parameter.values[i] for i in places if parameter.has(i)}) > FEW
+    return parameter.numeric and len({parameter.values[i] for i in places if _has(parameter, i)}) > FEW
+
+
+def _has(parameter: Parameter, run: int) -> bool:
+    """Whether a run has a value of it; to be off is one among kinds, and none among numbers."""
+    return parameter.has(run) and not (parameter.numeric and parameter.values[run] is None)
 
 
 def _value(parameter: Parameter, run: int, places: Sequence[int]) -> Any:

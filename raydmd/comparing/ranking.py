@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 FIRST = ("frechet", "joint")
 SECOND = ("coverage_entropy", "joint", "diversity_lpips", "frechet", "recall", "reward")
 """Figures that go well as the second objective, or the beginnings of their names."""
-GOALS = {"low": "min", "high": "max"}
-ARROWS = {"min": "↓", "max": "↑"}
+GOALS = {"low": "min", "high": "max", "teacher": "teacher"}
+ARROWS = {"min": "↓", "max": "↑", "teacher": "≈"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Figure:
 
     Attributes:
         key: its name.
-        goal: ``min``, ``max``, or empty where neither is better by itself.
+        goal: ``min``, ``max``, ``teacher`` for the nearest to the teacher's, or empty where none is better.
         digits: after the point; ``None`` for four that count.
         help: what it is.
     """
@@ -44,11 +45,17 @@ class Figure:
         return f"{self.key} {ARROWS[self.goal]}" if self.goal else self.key
 
     def cost(self, run: Run) -> float:
-        """The smaller the better; infinite where the run has no such figure."""
+        """The smaller the better, of repeats their mean; infinite where the run has no such figure."""
         value = run.value(self.key)
-        if value is None:
-            return float("inf")
-        return -value if self.goal == "max" else value
+        if value is not None and run.repeats:
+            value = run.repeats.means.get(self.key, value)
+        return self.cost_of(value, run)
+
+    def cost_of(self, value: float | None, run: Run) -> float:
+        """What a value of a run's figure costs."""
+        if value is None or (self.goal == "teacher" and self.key not in run.teacher):
+            return math.inf
+        return {"max": -value, "teacher": abs(value - run.teacher.get(self.key, 0.0))}.get(self.goal, value)
 
 
 def figure(key: str, goal: str = "") -> Figure:
@@ -72,7 +79,7 @@ def chosen(runs: Sequence[Run], by: str | None, goal: str | None, objectives: Ma
     Args:
         runs: that are compared.
         by: its name, if it was given.
-        goal: ``min`` or ``max``, if it was given.
+        goal: ``min``, ``max`` or ``teacher``, if it was given.
         objectives: of the sweep, or as given.
 
     Returns:
@@ -81,11 +88,13 @@ def chosen(runs: Sequence[Run], by: str | None, goal: str | None, objectives: Ma
     Raises:
         InputError: if no run has it, or it is not known which way is better.
     """
+    if by is None and goal:
+        raise InputError(f"--goal {goal} says which way --by is better: give both")
     if by is None:
         here = [k for k in (*objectives, *FIRST) if _runs_with(runs, k)]
-        everywhere = [f.key for f in figures_in(runs) if f.goal and _runs_with(runs, f.key) == len(runs)]
-        somewhere = [f.key for f in figures_in(runs) if f.goal]
-        name = next(iter([*here, *everywhere, *somewhere]), None)
+        plain = [f.key for f in figures_in(runs) if f.goal in ("min", "max")]
+        everywhere = [key for key in plain if _runs_with(runs, key) == len(runs)]
+        name = next(iter([*here, *everywhere, *plain]), None)
         if name is None:
             return None
     else:
@@ -93,8 +102,9 @@ def chosen(runs: Sequence[Run], by: str | None, goal: str | None, objectives: Ma
     if goal and objectives.get(name, goal) != goal:
         raise InputError(f"--goal {goal}: {name} is an objective with the goal {objectives[name]}")
     found = figure(name, goal or objectives.get(name, ""))
-    if not found.goal:
-        raise InputError(f"--by {name}: say which way is better, --goal min or --goal max")
+    if not _usable(found, runs):
+        near = f"no run here has its teacher's {name} to be near to; " if found.goal else ""
+        raise InputError(f"--by {name}: {near}say which way is better, --goal min or --goal max")
     return found
 
 
@@ -108,14 +118,14 @@ def objectives_of(
     """
     if given:
         found = [figure(existing(runs, k, "--objectives"), goal) for k, goal in given.items()]
-        if unclear := [f.key for f in found if not f.goal]:
+        if unclear := [f.key for f in found if not _usable(f, runs)]:
             raise InputError(f"--objectives: say which way is better, as in {unclear[0]}:min")
         return found
     if here := [figure(k, goal) for k, goal in sweep.items() if _runs_with(runs, k)]:
         return here if len(here) > 1 or by is None or by.key == here[0].key else [here[0], by]
     if by is None:
         return []
-    others = [f for f in figures_in(runs) if f.goal and f.key != by.key]
+    others = [f for f in figures_in(runs) if f.goal in ("min", "max") and f.key != by.key]
     second = [f for k in SECOND for f in others if f.key == k or f.key.startswith(f"{k}_")]
     return [by, *(second or others)[:1]]
 
@@ -151,7 +161,7 @@ def order(runs: Sequence[Run], by: Figure | None) -> list[int]:
 
 
 def front(runs: Sequence[Run], objectives: Sequence[Figure]) -> set[int]:
-    """Places of the finished runs that no other finished one beats in every objective."""
+    """Places of the finished runs that no other is as good as in every objective, and better in one."""
     if not objectives:
         return set()
     done = [i for i, run in enumerate(runs) if run.state == FINISHED]
@@ -173,10 +183,15 @@ def read_objectives(text: str) -> dict[str, str]:
     found = {}
     for part in text.split(","):
         name, _, goal = part.strip().partition(":")
-        if not name or goal not in ("", "min", "max"):
+        if not name or goal not in ("", "min", "max", "teacher"):
             raise InputError(f"--objectives {text!r}: give names with goals, as in frechet:min,coverage_entropy:max")
         found[name.removeprefix(EVALUATION)] = goal
     return found
+
+
+def _usable(figure: Figure, runs: Sequence[Run]) -> bool:
+    """Whether it is known which way is better."""
+    return bool(figure.goal) and (figure.goal != "teacher" or any(figure.key in run.teacher for run in runs))
 
 
 def _runs_with(runs: Sequence[Run], key: str) -> int:

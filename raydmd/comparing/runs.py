@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,30 @@ STOPPED, FAILED, UNKNOWN = "stopped", "failed", "unknown"
 STATES = (FINISHED, EARLY, RUNNING, WAITING, STOPPED, FAILED, UNKNOWN)
 """In the order of a table, where nothing else decides."""
 
+OWN = ("name", "output", "data.cache")
+OWN_SECTIONS = ("tracking.",)
+"""Keys that say where a run is, and not what it is."""
+SEED = "seed"
+"""The key that repeats differ in."""
+
 Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Finished runs that differ in their training seed alone.
+
+    Attributes:
+        first: name of the first one.
+        runs: how many.
+        means: of their figures.
+        spread: standard deviations of their figures.
+    """
+
+    first: str
+    runs: int
+    means: Mapping[str, float]
+    spread: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +59,10 @@ class Run:
         planned: cycles of its recipe.
         measured: cycles after which ``figures`` were taken.
         figures: of its last evaluation, by name.
+        baselines: figures of the teacher, and of the undistilled model, by title.
+        teacher: figures of the teacher that the student is to be near.
+        repeats: what it and the runs that differ from it in the seed alone have in common.
+        tracked: MLflow's id of it, if it is known.
         curves: values by cycle, of training metrics by name and of figures with :data:`EVALUATION` before it.
         report: reads its report's page; ``None`` if it has none.
     """
@@ -50,6 +78,10 @@ class Run:
     planned: int = 0
     measured: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    teacher: Mapping[str, float] = field(default_factory=dict)
+    repeats: Repeats | None = None
+    tracked: str = ""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     report: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
 
@@ -117,5 +149,37 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def once(runs: Iterable[Run]) -> list[Run]:
-    """Without repeats of the same place."""
-    return list({run.place: run for run in reversed(list(runs))}.values())[::-1]
+    """Each run once: by its place, or MLflow's id; a sweep knows more of its trial than a folder by itself."""
+    kept: list[Run] = []
+    for run in runs:
+        same = [k for k in kept if k.place == run.place or (run.tracked and k.tracked == run.tracked)]
+        if not same:
+            kept.append(run)
+        elif run.sweep and not same[0].sweep:
+            kept[kept.index(same[0])] = run
+    return kept
+
+
+def with_repeats(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each with what its repeats have in common, if it has some."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.recipe and run.state == FINISHED:
+            groups.setdefault(
+                repr(sorted((k, v) for k, v in run.recipe.items() if not own(k) and k != SEED)), []
+            ).append(run)
+    found: dict[str, Repeats] = {}
+    for group in groups.values():
+        if len({run.recipe.get(SEED) for run in group}) < 2:
+            continue
+        names = sorted(run.name for run in group)
+        keys = [k for k in group[0].figures if all(math.isfinite(run.figures.get(k, math.nan)) for run in group)]
+        means = {k: statistics.mean(run.figures[k] for run in group) for k in keys}
+        spread = {k: statistics.stdev(run.figures[k] for run in group) for k in keys}
+        found |= dict.fromkeys(names, Repeats(names[0], len(group), means, spread))
+    return [replace(run, repeats=found.get(run.name)) for run in runs]
+
+
+def own(key: str) -> bool:
+    """Whether a recipe's key says where a run is, and not what it is."""
+    return key in OWN or key.startswith(OWN_SECTIONS)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STATES = {"FINISHED": FINISHED, "RUNNING": RUNNING, "FAILED": FAILED, "KILLED": STOPPED, "SCHEDULED": WAITING}
 REPORT = "report.html"
+STEPS = "evaluations"
+"""Of the network for a clip: no curve, and yet a figure."""
 MANY, LESS = 50, ("time/", "monitor/")
 """With more runs than this the curves of times and of the monitor are not asked for."""
 
@@ -77,6 +79,9 @@ def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[in
     cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)
     of_evaluations = {k.removeprefix(EVALUATION): c for k, c in curves.items() if k.startswith(EVALUATION) and c}
     measured = max((curve[-1][0] for curve in of_evaluations.values()), default=0)
+    figures = {k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured}
+    if figures and (steps := run.data.metrics.get(f"{EVALUATION}{STEPS}")):
+        figures[STEPS] = steps
     state = STATES.get(str(run.info.status), UNKNOWN)
     return Run(
         name=tags.get("raydmd.trial") or str(run.info.run_name),
@@ -88,8 +93,9 @@ def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[in
         cycles=cycles,
         planned=planned,
         measured=measured,
-        figures={k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured and k != "clips"},
+        figures=figures,
         curves=curves,
+        tracked=run_id,
         report=lambda: reader.text(run_id, REPORT) if state == FINISHED else None,
     )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from raydmd.comparing.differ import short
 from raydmd.comparing.importance import EVALUATOR
+from raydmd.comparing.measured import baselines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,8 @@ ERRORS = 8
 """Failed runs whose errors are told."""
 WIDEST = 30
 """Characters of a value."""
+BASELINES = 6
+"""Teachers and undistilled models that are shown."""
 NAMED = 6
 """Keys left out that are named."""
 
@@ -39,21 +42,25 @@ def text(found: Comparison, *, width: int = 120) -> str:
     """
     figures = list(dict.fromkeys([*([found.by] if found.by else []), *found.objectives]))
     fixed = _fixed(found, figures)
-    shown, left_out = _fitting(found, sum(len(max(c, key=len)) + 3 for c in fixed), width)
+    taken = sum(len(max(c, key=len)) + 3 for c in fixed)
+    shown, left_out = _fitting(found, taken, width)
     made = Table(box=ASCII2, pad_edge=False)
     for name, justify in (("run", "left"), ("state", "left"), ("cycles", "right")):
         made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for figure in figures:
-        made.add_column(figure.title, justify="right", no_wrap=True)
+    for column in fixed[3:]:
+        made.add_column(Text(column[0]), justify="right", no_wrap=True)
     for parameter in shown:
         made.add_column(
             Text(parameter.label), justify="right" if parameter.numeric else "left", overflow="ellipsis", no_wrap=True
         )
     for i in range(len(found.runs)):
         own = [Text(column[i + 1]) for column in fixed]
-        made.add_row(*own, *(Text(_cut(short(p.values[i]))) for p in shown))
+        made.add_row(*own, *(Text(_cut(short(p.values[i]))) for p in shown), end_section=i == len(found.runs) - 1)
+    for row in zip(*(c[1 + len(found.runs) :] for c in fixed), strict=True):
+        made.add_row(*map(Text, row))
     out = io.StringIO()
-    Console(file=out, width=max(width, 40), no_color=True).print(made)
+    # Names and figures are never cut: a narrow terminal wraps the lines.
+    Console(file=out, width=max(width, taken + 8), no_color=True).print(made)
     table = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
     return "\n".join([table, *_notes(found, left_out)])
 
@@ -77,18 +84,34 @@ def value_of(run: Run, figure: Figure) -> str:
     value = run.value(figure.key)
     if value is None:
         return "nan" if figure.key in run.figures else "-"
-    return f"{value:.4g}"
+    return _number(value)
+
+
+def mean_of(run: Run, figure: Figure) -> str:
+    """Mean and standard deviation of a setting's repeats as text."""
+    if not run.repeats or figure.key not in run.repeats.means:
+        return "-"
+    mean, spread = run.repeats.means[figure.key], run.repeats.spread[figure.key]
+    return f"{mean:.4g} ± {spread:.2g} ({run.repeats.runs})"
 
 
 def _fixed(found: Comparison, figures: Sequence[Figure]) -> list[list[str]]:
     """The columns that are always there, heads first."""
     runs = found.runs
-    return [
-        ["run", *(run.name for run in runs)],
-        ["state", *(state_of(run, front=i in found.front) for i, run in enumerate(runs))],
-        ["cycles", *(str(run.measured or run.cycles or "-") for run in runs)],
-        *([figure.title, *(value_of(run, figure) for run in runs)] for figure in figures),
+    known = [(title, given) for title, given, _ in baselines(runs)[:BASELINES] if any(f.key in given for f in figures)]
+    columns = [
+        ["run", *(run.name for run in runs), *(title for title, _ in known)],
+        ["state", *(state_of(run, front=i in found.front) for i, run in enumerate(runs)), *("" for _ in known)],
+        ["cycles", *(str(run.measured or run.cycles or "-") for run in runs), *("" for _ in known)],
+        *(
+            [figure.title, *(value_of(run, figure) for run in runs), *(_number(b.get(figure.key)) for _, b in known)]
+            for figure in figures
+        ),
     ]
+    if found.by and any(run.repeats for run in runs):
+        means = (mean_of(run, found.by) for run in runs)
+        columns.insert(4, [f"mean {found.by.key}", *means, *("" for _ in known)])
+    return columns
 
 
 def _fitting(found: Comparison, taken: int, width: int) -> tuple[list[Parameter], list[Parameter]]:
@@ -98,7 +121,7 @@ def _fitting(found: Comparison, taken: int, width: int) -> tuple[list[Parameter]
     for parameter in parameters:
         cells = [parameter.label, *(_cut(short(v)) for v in parameter.values)]
         taken += max(map(len, cells)) + 3
-        if taken > width and shown:
+        if taken > width:
             break
         shown.append(parameter)
     return shown, list(parameters[len(shown) :])
@@ -107,9 +130,8 @@ def _fitting(found: Comparison, taken: int, width: int) -> tuple[list[Parameter]
 def _notes(found: Comparison, left_out: Sequence[Parameter]) -> list[str]:
     notes = []
     if found.front:
-        notes.append(
-            f"* on the front of {' and '.join(f.title for f in found.objectives)}: no other run beats it in all"
-        )
+        axes = " and ".join(f.title for f in found.objectives)
+        notes.append(f"* on the front of {axes}: no other run is as good in all of them and better in one")
     same = len(found.differences.same)
     notes.append(f"all the same: {same} key{'' if same == 1 else 's'}")
     if left_out:
@@ -123,6 +145,10 @@ def _notes(found: Comparison, left_out: Sequence[Parameter]) -> list[str]:
     if len(failed) > ERRORS:
         notes.append(f"and {len(failed) - ERRORS} more errors (the page has them)")
     return [*notes, *(f"note: {note}" for note in found.notes)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _cut(cell: str) -> str:

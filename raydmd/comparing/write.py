@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from raydmd import __version__
 from raydmd.comparing.document import as_text, compared, document
@@ -112,7 +113,7 @@ def sweep_page(folder: Path, sweep: SweepFacts) -> Path:
         InputError: if it can't be written.
     """
     begun = time.perf_counter()
-    runs = read_sweep(folder, sweep.name, sweep.base, sweep.rows)
+    runs = read_sweep(folder, sweep.name, sweep.base, sweep.rows, sweep.searched)
     found = compared(runs, title=sweep.name, sweep_objectives=sweep.objectives, searched=sweep.searched)
     return write(found, folder / PAGE, seconds=time.perf_counter() - begun)[0]
 
@@ -120,7 +121,7 @@ def sweep_page(folder: Path, sweep: SweepFacts) -> Path:
 def _link(link: str, file: Path) -> str:
     if not link or link.startswith(("http://", "https://")):
         return link
-    return Path(os.path.relpath(link, file.absolute().parent)).as_posix()
+    return quote(Path(os.path.relpath(link, file.absolute().parent)).as_posix())
 
 
 def _replace(file: Path, text: str) -> None:

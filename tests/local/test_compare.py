@@ -85,7 +85,7 @@ def test_runs_are_sorted_and_only_their_differences_are_shown(tmp_path: Path, ca
     assert code == 0
     head, *rows = rows_in(out)
     assert head == ["run", "state", "cycles", "frechet ↓", "coverage_entropy ↑", "guidance"]
-    assert [r[0] for r in rows] == ["better", "worse", "broken"]
+    assert [r[0] for r in rows] == ["better", "worse", "broken", "teacher", "undistilled"]
     assert rows[0][1:] == ["finished *", "40", "30", "0.3", "4"]
     assert rows[2][1] == "failed"
     assert "broken: the teacher has gone" in out
@@ -122,6 +122,8 @@ def test_a_sweep_is_told_by_its_study_and_its_trials_folders(tmp_path: Path, cal
         ["0001", "finished *", "40", "40"],
         ["0000", "finished *", "40", "50"],
         ["0002", "stopped early", "20", rows[2][3]],
+        ["teacher", "", "", "1"],
+        ["undistilled", "", "", "90"],
     ]
     assert not (tmp_path / "compare.html").exists()
     code, out, _ = call(folder, "--by", "coverage_entropy", "--json", "--html", tmp_path / "x" / "page.html")
@@ -184,7 +186,7 @@ def test_runs_of_other_models_without_evaluations_are_compared_all_the_same(tmp_
         ([], "which runs?"),
         (["runs/better", "--by", "frechett"], "did you mean 'frechet'"),
         (["runs/better", "--by", "fake/loss"], "--goal min or --goal max"),
-        (["runs/better", "--goal", "low"], "min or max"),
+        (["runs/better", "--goal", "low"], "min, max or teacher"),
         (["runs/better", "--html", "page.txt"], ".html"),
         (["x", "--tracking", "sqlite:////nowhere/mlflow.db"], "there is no such database"),
     ],

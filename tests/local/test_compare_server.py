@@ -222,7 +222,7 @@ def test_the_compare_page_shows_every_series_and_follows_the_mouse(
     assert "0001: frechet 30, coverage_entropy 0.3" in points
     assert len(points) == len(names)
     assert page.run("document.querySelectorAll('#parameters path.series').length") == len(names)
-    table = page.run("[...document.querySelectorAll('#runs tbody tr')].map(r => r.cells[0].innerText.split('\\n')[0])")
+    table = page.run("[...document.querySelectorAll('#runs tbody:not(.baselines) tr')].map(r => r.cells[0].innerText.split('\\n')[0])")
     assert [cell.removesuffix("front").strip() for cell in table] == ["0001", "0002", "0000", EVIL, "0003"]
     # Samples of one set of prompts together, the teacher first; another's by itself.
     sheets = page.run(

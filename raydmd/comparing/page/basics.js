@@ -29,10 +29,12 @@ function number(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-const ARROW = { min: " ↓", max: " ↑" };
+const ARROW = { min: " ↓", max: " ↑", teacher: " ≈" };
 const titled = (figure) => figure.key + (ARROW[figure.goal] || "");
 const goalOf = Object.fromEntries([...data.figures, ...data.objectives, ...(data.by ? [data.by] : [])].map((f) => [f.key, f.goal]));
 const helpOf = Object.fromEntries(data.figures.map((f) => [f.key, f.help]));
+// The end of a name tells it from its neighbours.
+const shortName = (name, most) => (name.length > most ? `…${name.slice(name.length - Math.max(1, most - 1))}` : name);
 const shortly = (text, most) => (text.length > most ? text.slice(0, Math.max(1, most - 1)) + "…" : text);
 const finished = (run) => run.state === "finished";
 
@@ -42,16 +44,23 @@ const RAMP = [[37, 99, 214], [66, 148, 190], [140, 168, 116], [212, 154, 40], [2
 const GREY = "#8d8f96";
 const places = (() => {
   if (!data.by) return runs.map((_, i) => i);
-  const sign = data.by.goal === "max" ? -1 : 1;
-  const measured = (i) => runs[i].figures[data.by.key] !== undefined;
-  const several = runs.filter((r, i) => finished(r) && measured(i)).length > 1;
-  const worth = (i) => (!measured(i) || (several && !finished(runs[i])) ? Infinity : sign * runs[i].figures[data.by.key]);
+  const some = runs.some((r) => finished(r) && r.cost !== null);
+  const worth = (i) => (runs[i].cost === null || (some && !finished(runs[i])) ? Infinity : runs[i].cost);
   const sorted = runs.map((_, i) => i).sort((a, b) => worth(a) - worth(b) || a - b);
   const found = [];
   sorted.forEach((run, place) => { found[run] = worth(run) === Infinity ? null : place; });
   return found;
 })();
 const ranked = places.filter((place) => place !== null).length;
+
+// What a figure of a run costs: the smaller the better.
+function costOf(run, key) {
+  const own = run.figures[key];
+  const value = run.repeats && run.repeats.means[key] !== undefined ? run.repeats.means[key] : own;
+  if (own === undefined) return Infinity;
+  if (goalOf[key] === "teacher") return run.teacher[key] === undefined ? Infinity : Math.abs(value - run.teacher[key]);
+  return goalOf[key] === "max" ? -value : value;
+}
 
 function mix(share) {
   const at = Math.min(Math.max(share, 0), 1) * (RAMP.length - 1);
@@ -118,6 +127,7 @@ function showTip(event, run) {
   if (event.currentTarget.dataset.said) lines.push(el("div", {}, event.currentTarget.dataset.said));
   for (const figure of shownFigures()) {
     if (told.figures[figure.key] !== undefined) lines.push(line(titled(figure), number(told.figures[figure.key])));
+    if (meanOf(told, figure.key)) lines.push(line(`mean ${figure.key}`, meanOf(told, figure.key)));
   }
   for (const parameter of data.parameters.slice(0, 8)) {
     if (parameter.key in told.shown) lines.push(line(parameter.label, shortly(told.shown[parameter.key], 60)));
@@ -132,6 +142,12 @@ function showTip(event, run) {
 }
 const line = (name, value) => el("div", {}, el("span", {}, `${name} `), value);
 function hideTip() { tip.style.display = "none"; }
+
+// Of a setting that was run with several seeds.
+function meanOf(run, key) {
+  const again = run.repeats;
+  return again && again.means[key] !== undefined ? `${number(again.means[key])} ± ${Number(again.spread[key].toPrecision(2))} (${again.runs} seeds)` : "";
+}
 
 // The figures that were chosen to compare by.
 function shownFigures() {

@@ -37,7 +37,7 @@ function drawCurves() {
       svg.append(follow(i, draw("circle", { class: "point", r: 2.6, cx: f.x(xs.at(-1)), cy: f.y(ys.at(-1)), fill: finished(runs[i]) ? colour(i) : "var(--card)", stroke: colour(i) })));
       if (few) {
         const late = f.x(xs.at(-1)) > f.right - 30;
-        if (late) svg.append(follow(i, draw("text", { class: "mark", x: f.right + 8, y: marks[n] }, shortly(runs[i].name, 21))));
+        if (late) svg.append(follow(i, draw("text", { class: "mark", x: f.right + 8, y: marks[n] }, shortName(runs[i].name, 21))));
       }
     }
     const open = shown.filter((i) => !finished(runs[i])).length;

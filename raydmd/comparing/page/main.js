@@ -1,9 +1,10 @@
 // The page from top to bottom.
 find("h1").textContent = data.title;
-const best = data.by ? runs.find((r) => finished(r) && r.figures[data.by.key] !== undefined) : null;
+const best = data.by ? runs.find((r) => finished(r) && r.cost !== null) : null;
 if (best) {
   const lede = find("#lede");
-  lede.append("Best by ", el("strong", {}, titled(data.by)), ": ", el("strong", {}, best.name), ` with ${number(best.figures[data.by.key])}`);
+  const mean = meanOf(best, data.by.key);
+  lede.append("Best by ", el("strong", {}, titled(data.by)), ": ", el("strong", {}, mean ? `the setting of ${best.name}` : best.name), ` with ${mean || number(best.figures[data.by.key])}`);
   const told = data.parameters.filter((p) => p.key in best.shown).slice(0, 4).map((p) => `${p.label} ${shortly(best.shown[p.key], 40)}`);
   lede.append(told.length ? ` (${told.join(", ")}).` : ".");
 }

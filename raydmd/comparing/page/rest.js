@@ -22,6 +22,7 @@ function drawImportance() {
     });
     container.append(svg);
   });
+  if (found.cycle) find("#importance h2").textContent = `Importance after ${found.cycle} cycles`;
   const after = found.cycle ? ` on the ${found.runs} runs that have a figure after ${found.cycle} cycles: only ${found.finished} have finished, of ${found.enough} needed` : ` on ${found.runs} finished runs`;
   note.textContent = `Which keys the better runs by ${titled(data.by)} have in common: Optuna's ${found.evaluator}${after}. ` +
     `${found.runs < 30 ? "With so few runs the order may change with the next ones. " : ""}Keys that were changed together share what one of them may have caused.`;

@@ -13,12 +13,12 @@ function drawTable() {
       { name: "state", value: (r) => r.state, cell: (r) => el("td", { class: `state-${r.state.split(" ")[0]}`, title: r.error || null }, r.state) },
       { name: "cycles", number: true, value: (r) => r.measured || r.cycles, cell: (r) => el("td", { class: "number" }, cyclesOf(r)) },
       ...figures.map((f, i) => ({
-        name: titled(f), help: helpOf[f.key], number: true, edge: i === 0, best: bestOf(f), goal: f.goal,
+        key: f.key, name: titled(f), help: helpOf[f.key], number: true, edge: i === 0, best: bestOf(f), goal: f.goal,
         value: (r) => r.figures[f.key],
         cell: (r, c) => {
           const value = r.figures[f.key];
           const text = value === undefined ? (r.not_finite.includes(f.key) ? "not finite" : "–") : number(value);
-          return el("td", { class: `number${value !== undefined && finished(r) && value === c.best ? " best" : ""}${c.edge ? " edge" : ""}` }, text);
+          return el("td", { title: meanOf(r, f.key) || null, class: `number${value !== undefined && finished(r) && costOf(r, f.key) === c.best ? " best" : ""}${c.edge ? " edge" : ""}` }, text);
         },
       })),
       ...data.parameters.slice(0, most).map((p, i) => ({
@@ -34,9 +34,8 @@ function drawTable() {
   const cyclesOf = (r) => (r.measured || r.cycles ? `${r.measured || r.cycles}${r.planned && r.planned !== (r.measured || r.cycles) ? ` of ${r.planned}` : ""}` : "–");
 
   function bestOf(figure) {
-    const values = runs.filter(finished).map((r) => r.figures[figure.key]).filter((v) => v !== undefined);
-    if (!figure.goal || values.length < 2) return null;
-    return figure.goal === "min" ? Math.min(...values) : Math.max(...values);
+    const costs = runs.filter(finished).map((r) => costOf(r, figure.key)).filter((c) => c !== Infinity);
+    return !figure.goal || costs.length < 2 ? null : costs.reduce((a, b) => Math.min(a, b));
   }
 
   function nameCell(r) {
@@ -69,7 +68,11 @@ function drawTable() {
       "aria-sort": by === i ? (down ? "descending" : "ascending") : null,
     }, el("button", { onclick: () => { down = by === i ? !down : c.goal === "max"; by = i; paint(); } }, c.name + (by === i ? (down ? " ▾" : " ▴") : ""))));
     const rows = order.map((i) => follow(i, el("tr", {}, ...shown.map((c) => c.cell(runs[i], c)))));
-    container.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows)));
+    const known = data.baselines.slice(0, 8).map((b) => el("tr", { class: "baseline" }, ...shown.map((c) => {
+      if (c.name === "run") return el("td", {}, b.title, data.baselines.some((o) => o !== b && o.title === b.title) ? ` (of ${b.runs} runs)` : "");
+      return el("td", { class: `${c.number ? "number" : ""}${c.edge ? " edge" : ""}` }, c.key && b.figures[c.key] !== undefined ? number(b.figures[c.key]) : "");
+    })));
+    container.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows), el("tbody", { class: "baselines" }, ...known)));
     container.scrollLeft = scrolled;
     refresh();
   }
