@@ -110,6 +110,8 @@ class Tracking(Section):
     uri: Word | None = None
     """A tracking server; default: a SQLite file under ``output``."""
     experiment: Word = "raydmd"
+    weights: Literal["all", "best", "none"] | None = None
+    """Whose students MLflow gets; the best one's is that of a sweep. Default: all runs', of a sweep the best one's."""
 
 
 def _batch_divides(training: Training, method: Method, placement: Placement) -> None:

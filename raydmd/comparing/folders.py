@@ -87,8 +87,8 @@ def read_run(folder: Path, *, sweep: str = "", name: str = "") -> Run:
         planned=planned,
         measured=measured,
         figures=figures,
-        baselines={row["title"]: _numbers(row) for name, row in results.items() if name not in (STUDENT, REFERENCE)},
-        teacher=_numbers(results.get(REFERENCE, {})),
+        baselines=beside(results),
+        teacher=numbers(results.get(REFERENCE, {})),
         tracked=_text(folder / RUN_ID),
         curves=curves,
         report=lambda: report.read_text(encoding="utf-8") if report.is_file() else None,
@@ -175,13 +175,25 @@ def _held(lock: Path) -> bool:
 def _results(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of a run's last evaluation, by name; none if it has not come so far."""
     try:
-        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["rows"]
-        return {row["name"]: {"title": row["name"], **row} for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+        return results_in((folder / RESULT).read_text(encoding="utf-8"))
+    except OSError:
         return {}
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+def results_in(text: str) -> dict[str, dict[str, Any]]:
+    """The rows of a ``result.json`` by name; none if it holds none."""
+    try:
+        return {row["name"]: {"title": row["name"], **row} for row in json.loads(text)["rows"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def beside(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The rows that a student's is compared with, by title."""
+    return {row["title"]: numbers(row) for name, row in results.items() if name not in (STUDENT, REFERENCE)}
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation's row."""
     return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k != "clips"}
 
@@ -189,7 +201,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def _figures(row: Mapping[str, Any] | None, curves: Mapping[str, Curve], planned: int) -> tuple[dict[str, float], int]:
     """The student's figures, and after how many cycles they were taken: the last ones, else those on the way."""
     if row is not None:
-        return _numbers(row), planned
+        return numbers(row), planned
     of_evaluations = {k.removeprefix(EVALUATION): c for k, c in curves.items() if k.startswith(EVALUATION) and c}
     measured = max((curve[-1][0] for curve in of_evaluations.values()), default=0)
     return {k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured and k != "clips"}, measured

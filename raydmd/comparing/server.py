@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from raydmd.comparing.curves import COUNTERS, MOST
+from raydmd.comparing.folders import REFERENCE, RESULT, beside, numbers, results_in
 from raydmd.comparing.ranking import figure
 from raydmd.comparing.runs import EVALUATION, FAILED, FINISHED, RUNNING, STOPPED, UNKNOWN, WAITING, Run, curves_of
 from raydmd.errors import InputError
@@ -25,7 +26,7 @@ REPORT = "report.html"
 STEPS = "evaluations"
 """Of the network for a clip: no curve, and yet a figure."""
 MANY, LESS = 50, ("time/", "monitor/")
-"""With more runs than this the curves of times and of the monitor are not asked for."""
+"""With more runs than this the curves of times and of the monitor are not asked for, nor the teachers' figures."""
 
 
 def found_on(reader: Reader, what: str) -> Found | None:
@@ -55,7 +56,8 @@ def read_found(reader: Reader, found: Found) -> list[Run]:
         raise InputError(f"{found.said()} on {reader.uri} {what}")
     skip = (*COUNTERS, *LESS) if len(runs) > MANY else COUNTERS
     histories = reader.histories(runs, skip, most=MOST).points
-    return [_run(reader, run, histories[run.info.run_id]) for run in runs]
+    whole = len(runs) <= MANY
+    return [_run(reader, run, histories[run.info.run_id], whole=whole) for run in runs]
 
 
 def objectives_on(found: Found) -> dict[str, str]:
@@ -69,7 +71,9 @@ def objectives_on(found: Found) -> dict[str, str]:
     return {k: goal for k in best if (goal := figure(k).goal)}
 
 
-def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[int, int, float]]]) -> Run:
+def _run(
+    reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[int, int, float]]], *, whole: bool
+) -> Run:
     run_id, tags = str(run.info.run_id), run.data.tags
     recipe = {k: _value(v) for k, v in run.data.params.items()}
     planned = int(recipe.get("training.cycles") or 0)
@@ -79,10 +83,11 @@ def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[in
     cycles = max((curve[-1][0] for curve in curves.values() if curve), default=0)
     of_evaluations = {k.removeprefix(EVALUATION): c for k, c in curves.items() if k.startswith(EVALUATION) and c}
     measured = max((curve[-1][0] for curve in of_evaluations.values()), default=0)
+    state = STATES.get(str(run.info.status), UNKNOWN)
+    results = results_in(reader.text(run_id, RESULT) or "") if whole and state == FINISHED else {}
     figures = {k: c[-1][1] for k, c in of_evaluations.items() if c[-1][0] == measured}
     if figures and (steps := run.data.metrics.get(f"{EVALUATION}{STEPS}")):
         figures[STEPS] = steps
-    state = STATES.get(str(run.info.status), UNKNOWN)
     return Run(
         name=tags.get("raydmd.trial") or str(run.info.run_name),
         place=f"mlflow:{run_id}",
@@ -95,6 +100,8 @@ def _run(reader: Reader, run: MlflowRun, history: Mapping[str, Sequence[tuple[in
         measured=measured,
         figures=figures,
         curves=curves,
+        baselines=beside(results),
+        teacher=numbers(results.get(REFERENCE, {})),
         tracked=run_id,
         report=lambda: reader.text(run_id, REPORT) if state == FINISHED else None,
     )

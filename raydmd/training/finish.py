@@ -74,7 +74,8 @@ def finish_run(
         facts=facts,
         phases=CyclePlan.of(recipe.training, len(recipe.method.boundaries) + 1).ends[:-1],
     )
-    files = [*written, report, folder / "result.json", folder / "contact.png"]
+    weights = written if recipe.tracking.weights in (None, "all") else []
+    files = [*weights, report, folder / "result.json", folder / "contact.png"]
     return figures_of(evaluation), [str(f) for f in files], evaluation.text()
 
 

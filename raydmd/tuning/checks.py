@@ -31,6 +31,7 @@ def pinned(spec: Sweep, base: Recipe) -> Recipe:
         # What students are compared with must not move with what is searched.
         "evaluation.guidance": base.method.guidance if e.guidance is None else e.guidance,
         "evaluation.shift": base.method.shift if e.shift is None else e.shift,
+        "tracking.weights": base.tracking.weights or "best",
         "tracking.uri": base.tracking.uri or f"sqlite:///{output / 'mlflow.db'}",
     }
     return derive(base, changes)

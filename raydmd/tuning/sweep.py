@@ -7,13 +7,14 @@ import math
 import os
 import threading
 import time
+import uuid
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
-from raydmd.errors import DONE, RunFailed, RunStopped
+from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
 from raydmd.tracking.group import Group
@@ -76,6 +77,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
     prepared = check(spec, base)
     with locked(folder / "clusters" / cluster):
         study = Study(spec, base, storage_url(spec, folder), cluster)
+        known_here(study, spec, cluster, folder)
         agreed()
         stop = folder / "clusters" / cluster / "STOP"
         study.patience.stop = stop
@@ -110,6 +112,23 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
     return DONE
 
 
+def known_here(study: Study, spec: Sweep, cluster: str, folder: Path) -> None:
+    """Refuse the name of a cluster that works in another folder: each would take the other's trials for its own.
+
+    Raises:
+        InputError: if that is so.
+    """
+    file = folder / "clusters" / cluster / "id"
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex, encoding="utf-8")  # this command holds the folder
+    own = file.read_text(encoding="utf-8")
+    if study.attribute(f"cluster {cluster}", lambda: own) != own:
+        raise InputError(
+            f"sweep {spec.name!r}: a cluster {cluster!r} takes part from another folder than {folder}, and the trials "
+            "under way there would be taken for this one's; give this one a name of its own, --cluster NAME"
+        )
+
+
 def conclude(
     spec: Sweep, study: Study, prepared: Prepared, pool: Pool | None, stop: Path, tags: Mapping[str, str]
 ) -> None:
@@ -133,7 +152,7 @@ def conclude(
     publish(spec, base, best, prepared)
     if study.over() and judged_here(spec, base, best):
         try:
-            print(judge(spec, base, best, pool, stop, tags).text(spec.objectives))
+            print(judge(spec, base, best, rows, pool, stop, tags).text(spec.objectives))
         except Held:
             print("verdict: another cluster of this sweep is at it; raydmd sweep best will show it")
 
@@ -233,6 +252,8 @@ def searcher(
 def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
     """Put the best student into MLflow's registry; a registry that is away does not undo a sweep."""
     folder = base.output / f"{best.root:04d}"
+    if base.tracking.weights == "none":
+        return
     if not (folder / PIPELINE).is_dir():
         print(f"its student is where cluster {best.cluster!r} keeps its trials; that one registers it")
         return

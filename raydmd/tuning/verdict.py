@@ -1,13 +1,14 @@
 """Is what a sweep has found better than what it began from? Both students on seeds that no trial has seen.
 
-Each was trained once: what differs by less than two trainings of one recipe do is luck (``repeats`` tells how much).
+Each is trained as often as the sweep repeats a setting. Of one training each, what differs by less than two trainings
+of one recipe do is luck.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -20,7 +21,7 @@ from raydmd.training.run import Surroundings, awaited, conduct, prepare
 from raydmd.training.students import EVALUATION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from raydmd.recipe import Recipe
@@ -45,29 +46,33 @@ class Verdict:
         seeds: of the evaluations.
         default: a list for each objective, in the order of seeds, of the recipe as it was.
         found: the same of the best trial.
+        trainings: of each; their figures follow one another.
     """
 
     trial: int
     seeds: list[int]
     default: dict[str, list[float]]
     found: dict[str, list[float]]
+    trainings: int = 1
 
     def better(self, name: str, goal: str) -> int:
-        """On how many seeds what was found is better in an objective."""
+        """How often what was found is better in an objective."""
         pairs = zip(self.found[name], self.default[name], strict=True)
         return sum(a < b if goal == "min" else a > b for a, b in pairs)
 
     def text(self, objectives: Mapping[str, str]) -> str:
         """As a table, and a sentence on the first objective."""
         head = " | ".join(f"{name} {'↓' if goal == 'min' else '↑'}" for name, goal in objectives.items())
-        lines = [f"| on {len(self.seeds)} held-out seeds | {head} |", "|---" * (len(objectives) + 1) + "|"]
+        each = f", {self.trainings} trainings each" if self.trainings > 1 else ""
+        lines = [f"| on {len(self.seeds)} held-out seeds{each} | {head} |", "|---" * (len(objectives) + 1) + "|"]
         for title, figures in (("the recipe as it is", self.default), (f"trial {self.trial:04d}", self.found)):
             cells = " | ".join(_spread(figures[name]) for name in objectives)
             lines.append(f"| {title} | {cells} |")
         name, goal = next(iter(objectives.items()))
-        count, of = self.better(name, goal), len(self.seeds)
+        count, of = self.better(name, goal), len(self.found[name])
+        pairs = "pairs of seed and training" if self.trainings > 1 else "seeds"
         word = "beats" if count == of else "does NOT beat"
-        lines.append(f"trial {self.trial:04d} {word} the recipe: {name} is better on {count} of {of} seeds")
+        lines.append(f"trial {self.trial:04d} {word} the recipe: {name} is better on {count} of {of} {pairs}")
         return "\n".join(lines)
 
 
@@ -80,13 +85,22 @@ def kept(folder: Path, best: Row, spec: Sweep) -> Verdict | None:
     return found if spec.verdict and (found.trial, len(found.seeds)) == (best.root, spec.verdict.seeds) else None
 
 
-def judge(spec: Sweep, base: Recipe, best: Row, pool: Pool | None, stop: Path, tags: Mapping[str, str]) -> Verdict:
-    """Train the recipe as it is, unless that is done, and compare.
+def judge(
+    spec: Sweep,
+    base: Recipe,
+    best: Row,
+    rows: Sequence[Row],
+    pool: Pool | None,
+    stop: Path,
+    tags: Mapping[str, str],
+) -> Verdict:
+    """Train the recipe as it is, as often as the best setting was trained here, unless that is done, and compare.
 
     Args:
         spec: the sweep.
         base: the recipe that its trials differ from; their output is its.
-        best: a finished trial whose folder is here.
+        best: a finished trial whose folder is here, and of its repeats some.
+        rows: all trials.
         pool: of the teacher, as far as evaluations ask it.
         stop: a file that stops it.
         tags: of the MLflow run.
@@ -97,21 +111,28 @@ def judge(spec: Sweep, base: Recipe, best: Row, pool: Pool | None, stop: Path, t
     """
     assert spec.verdict is not None
     print(f"verdict: the recipe as it is, against trial {best.root:04d}", flush=True)
-    default = derive(base, {"name": DEFAULT})
-    prepared = prepare(default)
-    with locked(default.folder):
-        if not finished(default.folder):
-            same_run(default, default.folder)
-            conduct(prepared, stop, surroundings=Surroundings({**tags, "raydmd.trial": DEFAULT}, tracked=True))
-    found = derive(base, {**best.changes, "name": f"{best.root:04d}"})
+    own = {row.root: row for row in rows if row.root in (best.runs or (best.root,)) and row.values}
+    found = [derive(base, {**row.changes, "name": f"{root:04d}"}) for root, row in sorted(own.items())]
+    found = [recipe for recipe in found if trained(recipe.folder) is not None]  # others' are elsewhere
+    if not found:
+        raise InputError(f"{base.output / f'{best.root:04d}'} has no final checkpoint any more; the verdict needs it")
+    default = [
+        derive(base, {"name": f"{DEFAULT}-{k}" if k else DEFAULT, "seed": base.seed + k}) for k in range(len(found))
+    ]
+    for recipe in default:
+        prepared = prepare(recipe)
+        with locked(recipe.folder):
+            if not finished(recipe.folder):
+                same_run(recipe, recipe.folder)
+                conduct(prepared, stop, surroundings=Surroundings({**tags, "raydmd.trial": recipe.name}, tracked=True))
     seeds = [base.evaluation.seed + APART * (k + 1) for k in range(spec.verdict.seeds)]
-    figures: dict[str, dict[str, list[float]]] = {}
-    for recipe in (default, found):
-        rows = [_measured(recipe, seed, prepared.prompts, pool, stop) for seed in seeds]
-        figures[recipe.name] = {name: [row[f"{EVALUATION}{name}"] for row in rows] for name in spec.objectives}
-    verdict = Verdict(best.root, seeds, figures[default.name], figures[found.name])
-    text = json.dumps({k: getattr(verdict, k) for k in ("trial", "seeds", "default", "found")}, indent=1)
-    (base.output.parent / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def figures(recipes: Sequence[Recipe]) -> dict[str, list[float]]:
+        measured = [_measured(recipe, seed, prepared.prompts, pool, stop) for recipe in recipes for seed in seeds]
+        return {name: [row[f"{EVALUATION}{name}"] for row in measured] for name in spec.objectives}
+
+    verdict = Verdict(best.root, seeds, figures(default), figures(found), len(found))
+    (base.output.parent / FILE).write_text(json.dumps(asdict(verdict), indent=1) + "\n", encoding="utf-8")
     return verdict
 
 

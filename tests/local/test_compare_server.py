@@ -116,7 +116,7 @@ def test_a_sweep_on_a_server_is_compared_as_its_folder_would_be(
     assert code == 0, err
     rows = [[c.strip() for c in row.strip("|").split("|")] for row in out.splitlines() if row.startswith("|")]
     assert rows[0] == ["run", "state", "cycles", "frechet ↓", "coverage_entropy ↑", "guidance", "fake_updates"]
-    assert [r[0] for r in rows[1:]] == ["0001", "0002", "0000", "0003"]
+    assert [r[0] for r in rows[1:]] == ["0001", "0002", "0000", "0003", "teacher", "undistilled"]
     assert rows[1][1:] == ["finished *", "40", "30", "0.3", "3", "5"]
     assert rows[4][1] == "stopped"
     told = json.loads((tmp_path / "compare.json").read_text())
@@ -222,7 +222,8 @@ def test_the_compare_page_shows_every_series_and_follows_the_mouse(
     assert "0001: frechet 30, coverage_entropy 0.3" in points
     assert len(points) == len(names)
     assert page.run("document.querySelectorAll('#parameters path.series').length") == len(names)
-    table = page.run("[...document.querySelectorAll('#runs tbody:not(.baselines) tr')].map(r => r.cells[0].innerText.split('\\n')[0])")
+    own = "#runs tbody:not(.baselines) tr"
+    table = page.run(f"[...document.querySelectorAll('{own}')].map(r => r.cells[0].innerText.split('\\n')[0])")
     assert [cell.removesuffix("front").strip() for cell in table] == ["0001", "0002", "0000", EVIL, "0003"]
     # Samples of one set of prompts together, the teacher first; another's by itself.
     sheets = page.run(

@@ -24,6 +24,7 @@ from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import as_json, best_of, front, progress, table
 from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.study import Study, rows_of, tell_to_stop
+from raydmd.tuning.sweep import known_here
 from raydmd.tuning.trial import Common
 
 HERE = Path(__file__).parent
@@ -68,6 +69,18 @@ def test_trials_are_claimed_once_and_the_budget_holds(tmp_path: Path) -> None:
     assert clusters[1].over()
     assert clusters[2].claim() is None
     assert sum(row.state == "finished" for row in clusters[0].rows()) == 4
+
+
+def test_two_clusters_of_one_name_in_two_folders_do_not_take_each_others_trials(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "clusters" / "node001").mkdir(parents=True)
+    one, other = (Study(spec(), Recipe(), url(tmp_path), "node001") for _ in range(2))
+    known_here(one, spec(), "node001", tmp_path / "a")
+    known_here(one, spec(), "node001", tmp_path / "a")  # as the command after it
+    with pytest.raises(InputError, match="--cluster NAME"):
+        known_here(other, spec(), "node001", tmp_path / "b")
+    (tmp_path / "b" / "clusters" / "node002").mkdir()
+    known_here(other, spec(), "node002", tmp_path / "b")
 
 
 def test_what_is_drawn_depends_on_the_trial_alone(tmp_path: Path) -> None:

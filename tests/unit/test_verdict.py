@@ -28,5 +28,12 @@ def test_anything_less_is_not() -> None:
     assert "does NOT beat the recipe: frechet is better on 2 of 3" in verdict([9.0, 8.0, 11.0]).text(GOALS)
 
 
+def test_several_trainings_of_each_are_told_and_paired() -> None:
+    default, found = {"frechet": [10.0, 12.0, 11.0, 13.0]}, {"frechet": [9.0, 11.0, 12.0, 12.0]}
+    text = Verdict(7, [1, 2], default, found, trainings=2).text({"frechet": "min"})
+    assert "| on 2 held-out seeds, 2 trainings each |" in text
+    assert "does NOT beat the recipe: frechet is better on 3 of 4 pairs of seed and training" in text
+
+
 def test_the_goal_decides_which_way() -> None:
     assert verdict([0.0, 0.0, 0.0]).better("joint", "max") == 1  # equal is not better
