@@ -54,7 +54,7 @@ def main() -> None:
     base = on_zoo(paper, "sd35-tiny", cycles=given.cycles, output=given.output, **swept)
     base = derive(base, {"data.cache": (given.output / "conditions").absolute(), "deterministic": True})
     found: dict[str, list[Row]] = {}
-    for name, stopping in (("grid", None), ("halving", {"reduction": 3.0, "grace": 2})):
+    for name, stopping in (("grid", None), ("halving", {"reduction": 3.0, "grace": 1})):
         plain: dict[str, Any] = {
             "name": f"{name}-{given.space}",
             "space": SPACES[given.space],
