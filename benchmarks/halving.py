@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raydmd.recipe import Recipe, derive
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.training.events import read_lines
-from raydmd.training.run import quiet
+from raydmd.training.prepare import quiet
 from raydmd.tuning.checks import pinned
 from raydmd.tuning.spec import read_sweep
 from raydmd.tuning.storage import storage_url

@@ -225,7 +225,7 @@ def _sample(
     """Sample a finished run's student: a sheet of prompts by seeds, and each sample by itself."""
 
     def make() -> int:
-        from raydmd.training.run import quiet
+        from raydmd.training.prepare import quiet
         from raydmd.training.show import show
 
         quiet()

@@ -108,7 +108,7 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
     Raises:
         InputError: before anything starts.
     """
-    from raydmd.training.run import quiet
+    from raydmd.training.prepare import quiet
     from raydmd.tuning.spec import read_sweep  # brings torch along
 
     quiet()

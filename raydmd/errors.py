@@ -30,6 +30,10 @@ class RunFailed(RaydmdError):
     """The run failed after its retries; what was computed is kept."""
 
 
+class DamagedCheckpoint(RunFailed):
+    """A checkpoint is not what was written; the run goes on from the one before."""
+
+
 class NonFiniteError(RaydmdError):
     """A loss, gradient, score or reward is not finite; the optimizers did not move."""
 

@@ -22,8 +22,8 @@ from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import training_prompts
 from raydmd.training.folder import locked
 from raydmd.training.pools import check_experts, teacher_pool
+from raydmd.training.prepare import quiet
 from raydmd.training.ray_worker import prepare_process
-from raydmd.training.run import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -41,6 +41,14 @@ class Ranks:
         dist.broadcast(flag, src=0)
         return bool(flag)
 
+    def everyone(self, mine: str) -> list[str]:
+        """What each rank says, in order."""
+        if self._world == 1:
+            return [mine]
+        said: list[str] = [""] * self._world
+        dist.all_gather_object(said, mine)
+        return said
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error: one that raised alone would leave the others waiting."""
         if self._world == 1:

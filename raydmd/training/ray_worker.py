@@ -17,7 +17,7 @@ import torch
 from ray.train import Checkpoint
 
 from raydmd.data.real import load_real
-from raydmd.errors import NonFiniteError, RunFailed
+from raydmd.errors import DamagedCheckpoint, NonFiniteError, RunFailed
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions, Denoiser
 from raydmd.models.tokens import TokenGroup
@@ -159,6 +159,8 @@ def train_loop(config: LoopConfig) -> None:
         )
         teacher, rewards = clients(c, job, session)
         Worker(job, teacher, session, events, rewards, samplers(c, session)).run()
+    except DamagedCheckpoint as error:
+        events.write("damaged", message=str(error))
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import platform
@@ -19,26 +18,22 @@ import ray.train.torch
 import torch
 
 from raydmd import __version__
-from raydmd.data.real import Source, inspect
 from raydmd.data.real import prepare as prepare_real
-from raydmd.errors import DONE, InputError, RunFailed, RunStopped
-from raydmd.evaluation.check import check_instruments
-from raydmd.methods.presets import build_method
-from raydmd.models import load_family
-from raydmd.models.sizes import size_notes, training_latents
-from raydmd.models.speed import check_quantize
-from raydmd.serving.direct import check_wire
+from raydmd.errors import DONE, DamagedCheckpoint, RunFailed, RunStopped
+from raydmd.models.sizes import training_latents
 from raydmd.serving.order import ANYWHERE
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.clips import at_pool
-from raydmd.training.cluster import check_room, connect, lasting, living_nodes
-from raydmd.training.encoding import encode, training_prompts
+from raydmd.training.cluster import check_room, connect, living_nodes
+from raydmd.training.encoding import encode
 from raydmd.training.events import read_lines
 from raydmd.training.folder import finished, locked, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.interim import Interim
+from raydmd.training.mending import ASIDE, check_books, set_aside
 from raydmd.training.pairing import check_pairs
-from raydmd.training.pools import check_experts, reward_pool, sampler_pool, teacher_pool
+from raydmd.training.pools import reward_pool, sampler_pool, teacher_pool
+from raydmd.training.prepare import Prepared, prepare
 from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
 from raydmd.training.stopping import fit, stop_on_signals
 from raydmd.training.tracked import METRICS, hand_over
@@ -49,23 +44,6 @@ if TYPE_CHECKING:
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
     from raydmd.serving.pool import Pool
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run whose recipe was looked at as closely as can be done without a cluster.
-
-    Attributes:
-        recipe: with an absolute output folder.
-        family: its pipeline.
-        prompts: to train with.
-        source: real samples, where the method has a GAN.
-    """
-
-    recipe: Recipe
-    family: Family
-    prompts: list[str]
-    source: Source | None
 
 
 @dataclass(frozen=True)
@@ -117,47 +95,6 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     return DONE
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Look at a recipe, and at the files it names.
-
-    Raises:
-        InputError: if it can't be run.
-    """
-    quiet()
-    recipe = recipe.model_copy(update={"output": lasting(recipe.output)})
-    family = load_family(recipe.model)
-    check_method(recipe, family)
-    check_quantize(recipe.placement.teacher_quantize)
-    check_wire(recipe.placement.wire)
-    for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
-        print(f"note: {note}")
-    check_instruments(recipe.evaluation)
-    prompts = training_prompts(recipe, family)
-    source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
-    if not trained(recipe.folder):
-        check_pairs(recipe, family)
-    return Prepared(recipe, family, prompts, source)
-
-
-def check_method(recipe: Recipe, family: Family) -> None:
-    """See that a family can be taught by a recipe's method, in its placement.
-
-    Raises:
-        InputError: if it can't.
-    """
-    family.check(recipe.method)
-    family.check_roles(recipe.training)
-    family.check_spread(recipe.placement.teacher_gpus)
-    family.check_sequence(recipe.placement.sequence, training_latents(family, recipe.data))
-    try:
-        method = build_method(recipe.method, family.routing(), family.process, family.prediction)
-    except ValueError as error:
-        raise InputError(f"method: {error}") from None
-    for phase in method.phases:
-        asked = method.asks(phase, family.routing())
-        check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())
-
-
 def conduct(
     prepared: Prepared, stop: Path, *, max_cycles: int | None = None, surroundings: Surroundings | None = None
 ) -> None:
@@ -176,6 +113,10 @@ def conduct(
     recipe, family, prompts = prepared.recipe, prepared.family, prepared.prompts
     folder = recipe.folder
     check_room(recipe, living_nodes())
+    try:
+        check_books(folder)
+    except DamagedCheckpoint as error:
+        go_back(folder, error)
     paired = None if trained(folder) else check_pairs(recipe, family)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     tracker = Tracker(recipe, {**versions(), **about(recipe, family), **around.tags})
@@ -196,9 +137,14 @@ def conduct(
             asked = pool.client_spec() if pool and at_pool(recipe, family) else None
             interim = Interim(recipe, prompts, asked, around.tell)
             # A run that was trained but not evaluated goes on from there.
-            checkpoint = trained(folder) or train(
-                recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, real, pairs
-            )
+            checkpoint = trained(folder)
+            while checkpoint is None:
+                try:
+                    checkpoint = train(
+                        recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, real, pairs
+                    )
+                except DamagedCheckpoint as error:
+                    go_back(folder, error)
             if pool and not asked:
                 pool.close()  # its place is needed
             figures, artifacts = finish(recipe, checkpoint, prompts, stop, pool if asked else None, started=start)
@@ -212,16 +158,17 @@ def conduct(
         raise
 
 
-def quiet() -> None:
-    """Leave the terminal to the run: libraries report errors alone, and draw no bars of their own."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+def go_back(folder: Path, error: DamagedCheckpoint) -> None:
+    """Have a run go on from its last whole checkpoint, and say so.
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    Raises:
+        RunFailed: if it has none.
+    """
+    name = set_aside(folder, str(error))
+    print(
+        f"{error}; going on from {name or 'the beginning'}. What was there is in {folder / ASIDE.format('*')}",
+        flush=True,
+    )
 
 
 def train(
@@ -297,9 +244,11 @@ def train(
 
 def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result) -> Path:
     """What the workers' last words mean: a final checkpoint, a stop, or a failure that no restart cures."""
-    last = next((e for e in reversed(news) if e["event"] in ("finished", "stopped", "failed")), None)
+    last = next((e for e in reversed(news) if e["event"] in ("finished", "stopped", "failed", "damaged")), None)
     if last is None:
         raise RunFailed(f"run '{recipe.name}' ended without a word; see {recipe.folder / 'events.jsonl'}")
+    if last["event"] == "damaged":
+        raise DamagedCheckpoint(last["message"])
     if last["event"] == "failed":
         raise RunFailed(f"run '{recipe.name}' failed: {last['message']}\nLog: {recipe.folder / 'events.jsonl'}")
     if last["event"] == "stopped":

@@ -18,6 +18,7 @@ from raydmd.errors import RunFailed
 from raydmd.training.checkpoint import PROGRESS, cycle_of, name_of, read_progress
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.folder import PATIENCE, locked
+from raydmd.training.manifest import reseal
 from raydmd.training.students import STUDENTS
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def take_over(recipe: Recipe, donor: Path, *, cycle: int, changes: Mapping[str, 
             partial = target.with_suffix(PARTIAL)
             link_tree(source, partial)
             _adopt(partial / PROGRESS, recipe)
+            reseal(partial, PROGRESS)
             partial.rename(target)
             _replace(folder / "recipe.yaml", recipe.to_yaml())
         except OSError as error:
@@ -79,7 +81,10 @@ def newer(took: Path | None, own: Path | None) -> Path | None:
     """The checkpoint that a run goes on from: the one that it took over, until it has written one after it."""
     if took is None or own is None:
         return took or own
-    return took if read_progress(took).cycle >= read_progress(own).cycle else own
+    try:
+        return took if read_progress(took).cycle >= read_progress(own).cycle else own
+    except (OSError, ValueError, TypeError):
+        return own  # whoever reads it will find which of its files are damaged
 
 
 def end_leg(folder: Path, cycle: int) -> bool:

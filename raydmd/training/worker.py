@@ -7,31 +7,29 @@ seed and position, so there is no generator to save.
 from __future__ import annotations
 
 import tempfile
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from raydmd.errors import RunFailed
-from raydmd.methods.presets import build_method, source_expert, student_routing
+from raydmd.errors import DamagedCheckpoint, RunFailed
+from raydmd.methods.presets import build_method, student_routing
 from raydmd.models.sizes import training_latents
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
+from raydmd.training.build import Building
 from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
 from raydmd.training.machine import usage
+from raydmd.training.manifest import damage, seal
 from raydmd.training.plan import CyclePlan
 from raydmd.training.ranks import Ranks
-from raydmd.training.roles import TrainedRole, add_adapter
 from raydmd.training.stream import Stream
 from raydmd.training.students import due, write_student
 from raydmd.training.takeover import newer
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from torch import Tensor
 
     from raydmd.data.real import RealData
     from raydmd.methods.method import Method
@@ -39,11 +37,12 @@ if TYPE_CHECKING:
     from raydmd.models.base import Conditions, Denoiser, Routing
     from raydmd.models.family import Family
     from raydmd.pairs.stream import PairStream
-    from raydmd.recipe import Recipe, Role
+    from raydmd.recipe import Recipe
     from raydmd.serving.client import Client
     from raydmd.training.events import EventLog
     from raydmd.training.monitor import Alarm, Measures
     from raydmd.training.pairing import Pairing
+    from raydmd.training.roles import TrainedRole
     from raydmd.training.sampling import Samplers
     from raydmd.training.session import Session
     from raydmd.training.tied import Tied
@@ -100,6 +99,7 @@ class Worker:
         self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
         self.teacher, self.rewards, self.samplers = teacher, rewards, samplers
         self._ranks = Ranks(session)
+        self._stamp = self._ranks.everyone(uuid.uuid4().hex)[0]  # of what this group of workers writes
         self._stop_at, self._stop_file, self._taken = job.stop_at, job.stop_file, job.taken
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
@@ -232,6 +232,8 @@ class Worker:
             return cycle <= before and (cycle % every == 0 or cycle in self.plan.ends)
 
         with self.session.latest(fits) as folder:
+            if folder is not None:
+                self._whole(folder)
             if folder is None:
                 message = f"{alarm.message} (no checkpoint of cycle {before} or earlier is kept to roll back to)"
                 self._alarm = replace(alarm, action="stop", message=message)
@@ -254,10 +256,21 @@ class Worker:
                 self._address()
                 self.events.write("start", world=self.session.world)
                 return True
+            self._whole(folder)
             fresh = self._load(folder)
             self._written = (folder / checkpoint.STUDENT).is_dir()
             self.events.write("resume", cycle=self.cycle, world=self.session.world)
             return fresh
+
+    def _whole(self, folder: Path) -> None:
+        """See that a checkpoint is what was written; each rank reads a share of it.
+
+        Raises:
+            DamagedCheckpoint: on all ranks alike.
+        """
+        share, shares = self.session.rank, self.session.world
+        if wrong := next(filter(None, self._ranks.everyone(damage(folder, part=share, parts=shares))), ""):
+            raise DamagedCheckpoint(f"checkpoint {folder.name} is damaged: {wrong}")
 
     def _load(self, folder: Path, measures: Measures | None = None) -> bool:
         """Build the roles of a checkpoint's phase and fill them; returns whether to enter a phase anew."""
@@ -307,59 +320,12 @@ class Worker:
         self.watch.monitor.begin()
         self.teacher.expect(m.asks(phase, self.routing))
         self.fake = self.student = None  # type: ignore[assignment]  # their memory is needed for the next ones
-        student = {e: students.get(e) or self._student_expert(e) for e in needed}
-        self.student = self._role("student", student, phase.student, finished, training.student, routing)
-        fake = {e: self._expert("fake", e, e) for e in phase.fake_experts}
+        building = Building(recipe, self.family, self.session, self._tied)
+        student = {e: students.get(e) or building.expert("student", e) for e in needed}
+        self.student = building.role("student", student, phase.student, finished, training.student, routing)
+        fake = {e: building.expert("fake", e) for e in phase.fake_experts}
         heads = make_heads(recipe.method.gan, fake, seed=recipe.seed, device=self.session.device)
-        self.fake = self._role("fake", fake, phase.fake_experts, (), training.fake, self.routing, heads)
-
-    def _student_expert(self, expert: str) -> Denoiser:
-        return self._expert("student", expert, source_expert(self.recipe.method, self.routing, expert))
-
-    def _expert(self, role: str, expert: str, source: str) -> Denoiser:
-        if self._tied is not None:
-            return self._tied.expert(role, expert)
-        training = self.recipe.training
-        lora = (training.student if role == "student" else training.fake).lora
-        precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        # What is frozen needs no master weights.
-        sharded = training.sharding == "fsdp" and dist.is_initialized()
-        with self.family.without_weights(sharded and self.session.rank > 0):  # they are sent rank 0's
-            denoiser = self.family.denoiser(source, dtype=precision if lora else torch.float32, autocast=precision)
-        if lora is not None:
-            add_adapter(denoiser, lora, seed=self.recipe.seed)
-        if training.gradient_checkpointing:
-            denoiser.network.enable_gradient_checkpointing()
-        if self.session.tokens:
-            self.session.tokens.share(denoiser)
-        denoiser.train()
-        return denoiser if sharded else denoiser.to(self.session.device)
-
-    def _role(
-        self,
-        name: str,
-        experts: dict[str, Denoiser],
-        trained: tuple[str, ...],
-        finished: tuple[str, ...],
-        settings: Role,
-        routing: Routing,
-        heads: Mapping[str, nn.Module] | None = None,
-    ) -> TrainedRole:
-        return TrainedRole(
-            name,
-            experts,
-            trained=trained,
-            finished=finished,
-            settings=settings,
-            average=self.recipe.training.ema if name == "student" else 0.0,
-            routing=routing,
-            process=self.family.process,
-            prediction=self.family.prediction,
-            sharding=self.recipe.training.sharding,
-            precision=self.recipe.training.precision,
-            heads=heads,
-            head_rate=self.recipe.method.gan.rate if self.recipe.method.gan else None,
-        )
+        self.fake = building.role("fake", fake, phase.fake_experts, (), training.fake, self.routing, heads)
 
     def _actors(self, phase: Phase) -> Actors:
         return Actors(
@@ -401,6 +367,7 @@ class Worker:
             checkpoint.save(folder, self.state(), progress, rank=self.session.rank)
             if student:
                 self.student.write(folder / checkpoint.STUDENT, rank=self.session.rank)
+            seal(folder, rank=self.session.rank, world=self.session.world, stamp=self._stamp)
             suffix = "-final" if student else "-phase" if ended else ""
             self.session.report(done, folder, checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix)
         self.events.write("checkpoint", cycle=self.cycle, phase=phase)

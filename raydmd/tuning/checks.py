@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from raydmd.errors import InputError
 from raydmd.recipe import derive
 from raydmd.training.cluster import lasting
-from raydmd.training.run import check_method, prepare
+from raydmd.training.prepare import check_method, prepare
 from raydmd.tuning.figures import reported
 from raydmd.tuning.population import check_population, check_shapes, state_shape
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from raydmd.recipe import Recipe
-    from raydmd.training.run import Prepared
+    from raydmd.training.prepare import Prepared
     from raydmd.tuning.spec import Sweep
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from raydmd.recipe import Recipe
     from raydmd.serving.pool import Pool
-    from raydmd.training.run import Prepared
+    from raydmd.training.prepare import Prepared
     from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
 

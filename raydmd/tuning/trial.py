@@ -18,7 +18,8 @@ from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
 from raydmd.training.cluster import settle
 from raydmd.training.folder import PATIENCE, Held, finished, locked, same_run
-from raydmd.training.run import Surroundings, conduct, prepare
+from raydmd.training.prepare import prepare
+from raydmd.training.run import Surroundings, conduct
 from raydmd.training.students import EVALUATION
 from raydmd.training.takeover import LEG, end_leg, release
 

@@ -17,7 +17,8 @@ from raydmd.errors import InputError
 from raydmd.recipe import derive
 from raydmd.serving.order import ANYWHERE
 from raydmd.training.folder import finished, locked, same_run, trained
-from raydmd.training.run import Surroundings, awaited, conduct, prepare
+from raydmd.training.prepare import prepare
+from raydmd.training.run import Surroundings, awaited, conduct
 from raydmd.training.students import EVALUATION
 
 if TYPE_CHECKING:

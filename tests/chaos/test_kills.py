@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from raydmd.errors import BAD_INPUT, DONE, STOPPED
+from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
 from tests.pipelines import wan_pipeline
 
@@ -200,6 +201,22 @@ def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
     assert again.end(60) == DONE
     assert "is finished" in again.log.read_text()
     assert before == {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(home, undisturbed):
+    first = Launch(home, "damaged", "--max-cycles", "10")
+    assert first.end() == STOPPED, first.log.read_text()[-3000:]
+    newest = max((first.folder / "train").glob("cycle-*"))
+    for file in newest.glob("*.distcp"):
+        os.truncate(file, 4096)
+    second = Launch(home, "damaged")
+    assert second.end() == DONE, second.log.read_text()[-3000:]
+    assert f"checkpoint {newest.name} is damaged" in second.events("damaged")[0]["message"]
+    [fallback] = second.events("fallback")
+    assert fallback["checkpoint"] < newest.name
+    assert f"going on from {fallback['checkpoint']}" in second.log.read_text()
+    assert [e["cycle"] for e in second.events("resume")] == [cycle_of(fallback["checkpoint"])]
+    same_bits(second.student(), undisturbed.student())
 
 
 def test_a_signal_before_training_stops_the_run_with_a_word(home):

@@ -21,6 +21,7 @@ from raydmd.training import takeover
 from raydmd.training.checkpoint import PROGRESS, read_progress
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.folder import same_run
+from raydmd.training.manifest import NAME, damage
 from raydmd.training.session import FolderSession
 from raydmd.training.takeover import TAKEN, checkpoint_at, end_leg, take_over, taken
 from raydmd.training.worker import Job, Worker
@@ -147,7 +148,8 @@ def test_a_copy_is_linked_and_outlives_the_donor(two: tuple[Recipe, Recipe]) -> 
     take_over(now, donor.folder, cycle=2, changes={})
     copy = taken(other.folder)
     assert copy is not None
-    files = [f for f in source.iterdir() if f.name != PROGRESS]
+    files = [f for f in source.iterdir() if f.name not in (PROGRESS, NAME.format(0))]
+    assert damage(copy) == damage(source) == ""
     assert files
     assert all(f.stat().st_ino == (copy / f.name).stat().st_ino for f in files)
     assert (source / PROGRESS).read_text(encoding="utf-8") == before
