@@ -11,6 +11,7 @@ from raydmd.errors import InputError
 from raydmd.models.base import Experts
 from raydmd.models.places import locate, read_index
 from raydmd.models.placing import place
+from raydmd.models.reading import understood
 from raydmd.models.speed import hasten
 
 if TYPE_CHECKING:
@@ -46,11 +47,12 @@ def load_family(settings: Model) -> Family:
     located = locate(settings).settings
     index = read_index(located)
     kind = index.get("_class_name")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"model {located.path!r} is a {kind}; this version of raydmd distils {', '.join(FAMILIES)}")
     module, name = FAMILIES[kind]
     family: type[Family] = getattr(import_module(f"raydmd.models.{module}"), name)
-    return family(located, index)
+    with understood(f"model {located.path!r}"):
+        return family(located, index)
 
 
 def load_teacher(
@@ -78,7 +80,8 @@ def load_teacher(
         InputError: if it cannot be made faster in these ways here.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    modules = {name: family.denoiser(name, dtype=dtype) for name in experts or family.routing().experts}
+    with understood(f"model {family.path!r}"):
+        modules = {name: family.denoiser(name, dtype=dtype) for name in experts or family.routing().experts}
     for module in modules.values():
         place(module.eval().requires_grad_(False), device, spread=spread)
         hasten(module, compile_mode=compile_mode, quantize=quantize)

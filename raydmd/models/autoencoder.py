@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from raydmd.models.reading import understood
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -71,9 +73,11 @@ class ImageAutoencoder:
     def _on(self, device: torch.device) -> tuple[AutoencoderKL, Tensor | float, Tensor | float]:
         """The module, its latents' centre and their spread."""
         if self._loaded is None:
-            self._loaded = AutoencoderKL.from_pretrained(
-                self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
-            ).to(device)
+            with understood(f"model {self._path!r}, vae"):
+                loaded = AutoencoderKL.from_pretrained(
+                    self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
+                )
+            self._loaded = loaded.to(device)
             self._loaded.requires_grad_(False)
         config = self._loaded.config
         if self._centre == "shift_factor":
@@ -129,9 +133,11 @@ class VideoAutoencoder:
     def _on(self, device: torch.device) -> tuple[Any, Tensor, Tensor]:
         """The module, and its latents' mean and inverse standard deviation, ``(1, C, 1, 1, 1)``."""
         if self._loaded is None:
-            self._loaded = self._kind.from_pretrained(
-                self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
-            ).to(device)
+            with understood(f"model {self._path!r}, vae"):
+                loaded = self._kind.from_pretrained(
+                    self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
+                )
+            self._loaded = loaded.to(device)
             self._loaded.requires_grad_(False)
         view = (1, -1, 1, 1, 1)
         mean = torch.tensor(self._loaded.config.latents_mean, device=device).view(view)

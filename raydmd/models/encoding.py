@@ -15,6 +15,7 @@ import torch
 from raydmd.errors import InputError
 from raydmd.models.base import Conditions
 from raydmd.models.identity import fingerprint
+from raydmd.models.reading import understood
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,8 @@ class Encoding(ABC):
         """Encode prompts at once, unless they are; see :meth:`encode`."""
         file = self._encoded(prompts, folder)
         if not file.is_file():
-            found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
+            with understood(f"model {self._settings.path!r}, its tokenizers or text encoders,"):
+                found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
             _write(found.to(torch.device("cpu")), file)
 
     def _encoded(self, prompts: Sequence[str], folder: Path) -> Path:

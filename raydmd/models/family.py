@@ -19,6 +19,8 @@ from raydmd.models.base import Denoiser, Routing, Shape
 from raydmd.models.encoding import Encoding
 from raydmd.models.fusing import check_file, fuse
 from raydmd.models.hollow import hollow
+from raydmd.models.places import check_part
+from raydmd.models.reading import understood
 from raydmd.models.sizes import image_shape
 from raydmd.models.usage import usage
 
@@ -324,7 +326,9 @@ class Family(Encoding):
             return None
         if self._without_weights:
             return hollow(kind, self._config(kind, part), dtype)
-        loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+        check_part(self.path, part)
+        with understood(f"model {self.path!r}, {part}"):
+            loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
         if part in self._settings.lora:
             fuse(self.pipeline, loaded, Path(self._settings.lora[part]), prefix=self.network)
         return loaded
@@ -333,14 +337,18 @@ class Family(Encoding):
         """A tokenizer, or ``None`` where the pipeline has none of that name."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, subfolder=part, **self.revision) if self._has(part) else None
+        if not self._has(part):
+            return None
+        with understood(f"model {self.path!r}, {part}"):
+            return AutoTokenizer.from_pretrained(self.path, subfolder=part, **self.revision)
 
     def _length(self, most: int, part: str = "tokenizer") -> int:
         """The recipe's ``model.text_length``; else the tokenizer's limit, but ``most``."""
         if self._settings.text_length:
             return self._settings.text_length
         tokenizer = self._tokenizer(part)
-        return min(most, int(tokenizer.model_max_length)) if tokenizer else most
+        with understood(f"model {self.path!r}, {part}"):
+            return min(most, int(tokenizer.model_max_length)) if tokenizer else most
 
     def _has(self, part: str) -> bool:
         entry = self._index.get(part)

@@ -58,10 +58,16 @@ def locate(settings: Model) -> Place:
     about = folder / "raydmd.json"
     if not about.is_file():
         return Place(settings=settings)
-    facts = json.loads(about.read_text(encoding="utf-8"))
-    sizes = {k: facts[k] for k in ("frames", "height", "width") if getattr(settings, k) is None and k in facts}
-    files = {k: folder / facts[k] for k in ("prompts", "judge", "reward") if k in facts}
-    return Place(settings=settings.model_copy(update={"path": str(folder), **sizes}), **files)
+    facts = _read_json(about)
+    sizes: dict[str, Any] = {
+        k: facts[k] for k in ("frames", "height", "width") if getattr(settings, k) is None and k in facts
+    }
+    files = {k: facts[k] for k in ("prompts", "judge", "reward") if k in facts}
+    counts = all(isinstance(v, int) and v > 0 for v in sizes.values())
+    if not counts or not all(isinstance(v, str) for v in files.values()):
+        raise InputError(f"{about} is not readable: sizes must be whole numbers above 0, files must be names")
+    places = {k: folder / name for k, name in files.items()}
+    return Place(settings=settings.model_copy(update={"path": str(folder), **sizes}), **places)
 
 
 def read_index(settings: Model) -> dict[str, Any]:
@@ -87,8 +93,24 @@ def read_index(settings: Model) -> dict[str, Any]:
                 f"model {settings.path!r} is neither a zoo name nor a folder, and the hub does not give it: "
                 f"{type(error).__name__}: {str(error).splitlines()[0]}"
             ) from None
+    return _read_json(file)
+
+
+def check_part(path: str, part: str) -> None:
+    """See that a part of a pipeline's folder has its settings: without them libraries build some default of theirs.
+
+    Raises:
+        InputError: if it has none that can be read.
+    """
+    if Path(path).is_dir():
+        _read_json(Path(path) / part / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not readable: {error}") from None
-    return index
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is not readable: it holds no mapping")
+    return found

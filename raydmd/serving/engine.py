@@ -99,12 +99,21 @@ class TeacherEngine(Engine):
     def key(self, request: Request) -> Key:
         """See :class:`Engine`."""
         latent = tuple(request.x_t.shape[1:])
+        self._fits(request, latent)
         if isinstance(request, WalkRequest):
             return Key("", latent, request.guidance.scale, request.grid, _content(request.table))
         if isinstance(request, ScoreRequest):
             kind = "split" if request.split else ""
             return Key(request.expert, latent, request.guidance.scale, kind, _content(request.table))
         raise InputError(f"request {request.name!r} asks a teacher for rewards")
+
+    def _fits(self, request: Request, latent: tuple[int, ...]) -> None:
+        """Refuse what the network would fail on: that would be taken for a fault of the replica's."""
+        own = self._shape
+        if request.x_t.dtype != torch.float32:
+            raise InputError(f"request {request.name!r}: x_t must be float32, and is {request.x_t.dtype}")
+        if own is not None and (len(latent) != len(own) or latent[0] != own[0]):
+            raise InputError(f"request {request.name!r}: samples of shape {latent} do not fit a model of {own}")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See :class:`Engine`."""
