@@ -102,6 +102,8 @@ class Training(Section):
     """Restarts of the worker group before the run gives up."""
     step_timeout: Positive = 1800.0
     """Seconds that collectives, teacher requests and a checkpoint may each take."""
+    stall_timeout: Positive = 7200.0
+    """Seconds for a cycle, a phase's start or a checkpoint, after which a worker leaves its stacks and restarts."""
 
 
 class Tracking(Section):

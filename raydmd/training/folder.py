@@ -25,7 +25,7 @@ FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
 FREE_DATA = ("cache", "timeout")
 FREE_METHOD = ("regression.verify",)
-FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout")
+FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout", "stall_timeout")
 
 
 class Held(InputError):

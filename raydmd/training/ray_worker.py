@@ -34,6 +34,7 @@ from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
 from raydmd.training.takeover import taken
 from raydmd.training.tied import Tied
+from raydmd.training.watchdog import Watchdog
 from raydmd.training.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ def train_loop(config: LoopConfig) -> None:
     session = RaySession(c.recipe.training.step_timeout, sequence=c.recipe.placement.sequence)
     folder = Path(c.folder)
     events = EventLog(folder / "events.jsonl", enabled=session.rank == 0)
+    watchdog = Watchdog(folder, rank=session.rank, world=session.world, seconds=c.recipe.training.stall_timeout)
+    watchdog.tell(EventLog(folder / "events.jsonl"))  # of any rank
+    watchdog.doing("loads the model")
     try:
         family = load_family(c.recipe.model)
         tied = Tied(c.recipe, family, session.device, session.tokens) if c.recipe.placement.teacher == "tied" else None
@@ -158,11 +162,13 @@ def train_loop(config: LoopConfig) -> None:
             taken=taken(folder),
         )
         teacher, rewards = clients(c, job, session)
-        Worker(job, teacher, session, events, rewards, samplers(c, session)).run()
+        Worker(job, teacher, session, events, rewards, samplers(c, session), watchdog.doing).run()
     except DamagedCheckpoint as error:
         events.write("damaged", message=str(error))
     except (NonFiniteError, RunFailed) as error:  # raised by all ranks alike
         events.write("failed", error=type(error).__name__, message=str(error), trace=traceback.format_exc())
+    finally:
+        watchdog.close()
 
 
 def clients(c: WorkerConfig, job: Job, session: Session) -> tuple[Client, Client | None]:

@@ -29,6 +29,8 @@ from raydmd.training.takeover import newer
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from raydmd.data.real import RealData
@@ -85,6 +87,7 @@ class Worker:
         events: what happened, for people and for tests.
         rewards: asks the reward models, where the method adapts to them.
         samplers: draw the fake updates' samples, where the run asks for that.
+        doing: is told what comes next, before anything that may take long.
     """
 
     def __init__(
@@ -95,9 +98,11 @@ class Worker:
         events: EventLog,
         rewards: Client | None = None,
         samplers: Samplers | None = None,
+        doing: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.recipe, self.family, self.session, self.events = job.recipe, job.family, session, events
         self.teacher, self.rewards, self.samplers = teacher, rewards, samplers
+        self._doing = doing
         self._ranks = Ranks(session)
         self._stamp = self._ranks.everyone(uuid.uuid4().hex)[0]  # of what this group of workers writes
         self._stop_at, self._stop_file, self._taken = job.stop_at, job.stop_file, job.taken
@@ -130,6 +135,7 @@ class Worker:
         Raises:
             NonFiniteError: or RunFailed, on all ranks alike; the last checkpoint stays.
         """
+        self._doing("looks for a checkpoint")
         fresh = self._restore()
         if self._stop_at is not None and self._stop_at <= self.cycle < self.plan.cycles:  # it had come that far before
             self.events.write("stopped", cycle=self.cycle, alarm=None)
@@ -178,6 +184,7 @@ class Worker:
             factor = self.plan.rate(self.cycle) * self.watch.measures.rate
             rate = self.student.set_rate(factor)
             self.fake.set_rate(factor)
+            self._doing(f"cycle {self.cycle + 1}")
             metrics = train_cycle(actors, self.cycle)
             self.cycle += 1
             self._alarm = self._heed(self.watch.look(actors, metrics))
@@ -313,6 +320,7 @@ class Worker:
 
     def _enter(self, phase: Phase, students: dict[str, Denoiser]) -> None:
         """Make the roles of a phase: its student experts go on, its fake score starts from the teacher."""
+        self._doing(f"begins phase {phase.index + 1}")
         recipe, m, training = self.recipe, self.method, self.recipe.training
         routing = student_routing(recipe.method, self.routing)
         finished = tuple(e for p in m.phases[: phase.index] for e in p.student)
@@ -357,6 +365,7 @@ class Worker:
 
     def _save(self, row: dict[str, float] | None = None, *, ended: bool = False, student: bool = False) -> None:
         """Write a checkpoint; ``student`` adds the weights to export."""
+        self._doing(f"writes a checkpoint after cycle {self.cycle}")
         done = row or {"cycle": self.cycle, "cycles": self.plan.cycles}
         phase = len(self.method.phases) - 1 if student else self.plan.phase(self.cycle - 1)
         with tempfile.TemporaryDirectory(prefix="raydmd-") as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,14 +81,19 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"no {kind} at cycle {cycle} within {seconds} s:\n{self.log.read_text()[-3000:]}")
 
-    def kill_one(self, title: str) -> int:
-        """SIGKILL one of this run's own processes, by what Ray calls it; it must really die."""
+    def one(self, title: str) -> psutil.Process:
+        """One of this run's own processes, by what Ray calls it."""
         ours = psutil.Process(self.process.pid).children(recursive=True)
-        victims = [p for p in ours if any(title in part for part in p.cmdline()[:1])]
-        assert victims, f"no {title} among {[p.cmdline()[:1] for p in ours]}"
-        victims[0].send_signal(signal.SIGKILL)
-        victims[0].wait(10)
-        return victims[0].pid
+        found = [p for p in ours if any(title in part for part in p.cmdline()[:1])]
+        assert found, f"no {title} among {[p.cmdline()[:1] for p in ours]}"
+        return found[0]
+
+    def kill_one(self, title: str) -> int:
+        """SIGKILL one of them; it must really die."""
+        victim = self.one(title)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(10)
+        return victim.pid
 
     def end(self, seconds: float = 900) -> int:
         return self.process.wait(seconds)
@@ -201,6 +207,25 @@ def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
     assert again.end(60) == DONE
     assert "is finished" in again.log.read_text()
     assert before == {f: f.stat().st_mtime_ns for f in third.folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+def test_a_worker_that_hangs_is_told_of_with_stacks_and_the_run_goes_on(home, undisturbed):
+    """SIGSTOP is a hang as bad as they come: nothing in that process runs. The other rank's watchdog ends the wait."""
+    run = Launch(home, "hanging", "--training.step_timeout=45", "--training.stall_timeout=50")
+    run.wait_for("checkpoint", cycle=8)
+    stopped = run.one("ray::RayTrainWorker")
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        stalled = run.wait_for("stalled", seconds=300)
+    finally:
+        if stopped.is_running():
+            stopped.send_signal(signal.SIGKILL)
+    assert run.end() == DONE, run.log.read_text()[-3000:]
+    text = Path(stalled["stacks"]).read_text()
+    assert stalled["doing"] in text
+    assert re.search(r"rank \d of 2, .*: (cycle \d+|writes a checkpoint)", stalled["doing"])
+    assert "train_cycle" in text or "_save" in text, text[:3000]
+    same_bits(run.student(), undisturbed.student())
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(home, undisturbed):
