@@ -115,6 +115,17 @@ class Tracking(Section):
     weights: Literal["all", "best", "none"] | None = None
     """Whose students MLflow gets; the best one's is that of a sweep. Default: all runs', of a sweep the best one's."""
 
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # Recipes lie in folders, reports and logs.
+        head, at, _ = (self.uri or "").partition("://")[2].partition("/")[0].rpartition("@")
+        if at and ":" in head:
+            raise ValueError(
+                "tracking.uri holds a password, and recipes are kept and shown: leave it out. MLflow takes it from "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PostgreSQL from PGPASSWORD or ~/.pgpass"
+            )
+        return self
+
 
 def _batch_divides(training: Training, method: Method, placement: Placement) -> None:
     workers, group = placement.workers, placement.sequence
@@ -257,6 +268,10 @@ class Recipe(Section):
         split = self.training.phase_split
         if split is not None and len(split) != phases:
             raise ValueError(f"training.phase_split has {len(split)} entries for {phases} phase(s)")
+        if self.training.stall_timeout <= self.training.step_timeout:
+            raise ValueError(
+                "training.stall_timeout must be more than training.step_timeout, which is told more exactly"
+            )
         if self.training.cycles < phases:
             raise ValueError(f"training.cycles={self.training.cycles} leaves some of {phases} phases none")
         _gan_can_train(self.method.gan, self.training)

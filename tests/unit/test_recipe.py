@@ -189,12 +189,22 @@ def test_aliases_lead_to_keys() -> None:
         (["placement.rewards=2"], "does nothing without method.adapt"),
         (["method.anchor.weight=0"], "leave anchor out"),
         (["method.times=[0, 0.9]"], "times must start at"),
+        (["training.stall_timeout=60", "training.step_timeout=60"], "must be more than training.step_timeout"),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:
     text = refused(*overrides)
     assert re.search(message, text) or message in text
     assert "\n" not in text
+
+
+def test_passwords_have_no_place_in_a_recipe() -> None:
+    for uri in ("postgresql://me:hunter2@db/mlflow", "https://me:hunter2@host:5000", "https://:hunter2@host"):
+        text = refused(f"tracking.uri={uri}")
+        assert "tracking.uri holds a password" in text
+        assert "hunter2" not in text
+    for uri in ("postgresql://me@db/mlflow", "https://host:5000/a@b:c", "sqlite:////a:b@c.db", "http://localhost:5000"):
+        assert combine(Recipe(), overrides=[f"tracking.uri={uri}"]).tracking.uri == uri
 
 
 @pytest.mark.parametrize(
