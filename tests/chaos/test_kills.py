@@ -27,7 +27,7 @@ CYCLES = 24
 class Launch:
     """The experiment as a user starts it: a process of its own, on a Ray of its own."""
 
-    def __init__(self, home: Path, name: str, *extra: str, teachers: int = 1) -> None:
+    def __init__(self, home: Path, name: str, *extra: str, teachers: int = 1, **training: float) -> None:
         self.folder = home / "runs" / name
         self.log = home / f"{name}.log"
         overrides = {
@@ -57,6 +57,7 @@ class Launch:
             "evaluation.samples": 2,
             "evaluation.grid": 2,
             "evaluation.teacher_steps": 2,
+            **{f"training.{k}": v for k, v in training.items()},
         }
         command = [
             *(sys.executable, "experiments/phased_wan22.py", "--model", str(home / "model"), "--name", name),
@@ -211,7 +212,7 @@ def test_stop_resume_and_the_second_start_after_the_end(home, undisturbed):
 
 def test_a_worker_that_hangs_is_told_of_with_stacks_and_the_run_goes_on(home, undisturbed):
     """SIGSTOP is a hang as bad as they come: nothing in that process runs. The other rank's watchdog ends the wait."""
-    run = Launch(home, "hanging", "--training.step_timeout=45", "--training.stall_timeout=50")
+    run = Launch(home, "hanging", step_timeout=40, stall_timeout=45)
     run.wait_for("checkpoint", cycle=8)
     stopped = run.one("ray::RayTrainWorker")
     stopped.send_signal(signal.SIGSTOP)
