@@ -32,7 +32,7 @@ test: $(READY) ## install, then run the tests, side by side: all but chaos, then
 test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second cluster (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep
 
-sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to the best and the front (a quarter of an hour)
+sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to best, front, page and verdict (22 minutes)
 	$(BIN)/python experiments/sweep_ca_dm_schedules.py
 
 experiments: $(READY) ## every script of experiments/ on the zoo, 20 updates each (half an hour)

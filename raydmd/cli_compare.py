@@ -89,7 +89,7 @@ def compare(
 
 def _study(folder: Path) -> SweepFacts:
     """A sweep's folder and its study."""
-    from raydmd.comparing.gather import SweepFacts
+    from raydmd.tuning.compare import facts_of
     from raydmd.tuning.spec import read_sweep
     from raydmd.tuning.storage import storage_url
     from raydmd.tuning.study import rows_of
@@ -97,4 +97,4 @@ def _study(folder: Path) -> SweepFacts:
     given, base = read(folder / FILE)
     spec = read_sweep({**given, "storage": os.environ.get("RAYDMD_STORAGE") or given.get("storage")})
     rows = rows_of(spec, storage_url(spec, folder.absolute()))
-    return SweepFacts(name=spec.name, objectives=spec.objectives, searched=list(spec.space), base=base, rows=rows)
+    return facts_of(spec, base, rows, folder)

@@ -126,6 +126,9 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
 
         check(spec, pinned(spec, base))
         typer.echo(text, nl=False)
+        trials = len(spec.grid(base)) if spec.search.kind == "grid" else spec.budget.trials
+        said = f"{trials} settings" + (f", {spec.repeats} runs each" if spec.repeats > 1 else "")
+        typer.echo(f"ok: {said}; nothing was started", err=True)
         return DONE
     from raydmd.training.cluster import lasting
     from raydmd.tuning.sweep import sweep
@@ -199,6 +202,7 @@ def _study(folder: Path, storage: str | None) -> tuple[Sweep, str]:
     from raydmd.tuning.spec import read_sweep
     from raydmd.tuning.storage import storage_url
 
+    folder = folder.parent if folder.name == FILE else folder
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} is no sweep's folder: it has no {FILE}")
     given, _ = read(folder / FILE)

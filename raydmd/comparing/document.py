@@ -79,7 +79,11 @@ def compared(
     """
     given, of_sweep = dict(objectives or {}), dict(sweep_objectives or {})
     named = with_repeats(named_apart(runs))
-    sort_by = chosen(named, by, goal, {**of_sweep, **given})
+    # What is asked for wins over a sweep's goal, but not over itself.
+    known = {**of_sweep, **given}
+    if by and goal and by not in given:
+        known.pop(by, None)
+    sort_by = chosen(named, by, goal, known)
     ordered = [named[i] for i in order(named, sort_by)]
     axes = objectives_of(ordered, given, of_sweep, sort_by)
     found = differences(ordered)

@@ -32,6 +32,7 @@ class SweepFacts:
         searched: keys of its space.
         base: the recipe that trials differ from.
         rows: of its study, see :class:`raydmd.tuning.study.Row`.
+        notes: what a reader should know, its verdict above all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SweepFacts:
     searched: Sequence[str]
     base: Recipe
     rows: Sequence[Any]
+    notes: Sequence[str] = ()
 
 
 @dataclass
@@ -96,6 +98,7 @@ def gather(what: Sequence[str], tracking: str | None, study: Callable[[Path], Sw
             if not runs:
                 raise InputError(f"sweep '{facts.name}' in {folder} has no trials yet")
             found.runs += runs
+            found.notes += facts.notes
             if any(row.lineage for row in facts.rows):
                 found.notes.append(
                     f"settings of the population {own} change on the way: shown are the last ones; "

@@ -183,7 +183,7 @@ def read_objectives(text: str) -> dict[str, str]:
     found = {}
     for part in text.split(","):
         name, _, goal = part.strip().partition(":")
-        if not name or goal not in ("", "min", "max", "teacher"):
+        if not name or "=" in name or goal not in ("", "min", "max", "teacher"):
             raise InputError(f"--objectives {text!r}: give names with goals, as in frechet:min,coverage_entropy:max")
         found[name.removeprefix(EVALUATION)] = goal
     return found

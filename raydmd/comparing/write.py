@@ -114,7 +114,9 @@ def sweep_page(folder: Path, sweep: SweepFacts) -> Path:
     """
     begun = time.perf_counter()
     runs = read_sweep(folder, sweep.name, sweep.base, sweep.rows, sweep.searched)
-    found = compared(runs, title=sweep.name, sweep_objectives=sweep.objectives, searched=sweep.searched)
+    found = compared(
+        runs, title=sweep.name, sweep_objectives=sweep.objectives, searched=sweep.searched, notes=sweep.notes
+    )
     return write(found, folder / PAGE, seconds=time.perf_counter() - begun)[0]
 
 

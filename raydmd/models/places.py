@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydmd.errors import InputError
+from raydmd.recipe_io import nearest_name
 
 if TYPE_CHECKING:
     from raydmd.recipe import Model
@@ -83,6 +84,11 @@ def read_index(settings: Model) -> dict[str, Any]:
             raise InputError(f"model folder {settings.path!r} does not exist")
         if not file.is_file():
             raise InputError(f"model folder {settings.path!r} has no model_index.json: it is no diffusers pipeline")
+    elif "/" not in settings.path:
+        zoo = sorted(f.name for f in ZOO.iterdir() if f.is_dir())
+        near = nearest_name(settings.path, zoo)
+        hint = f"did you mean {near!r}?" if near else f"the zoo has {', '.join(zoo)}; ids on the hub are OWNER/NAME"
+        raise InputError(f"model {settings.path!r} is neither a zoo name nor a folder; {hint}")
     else:
         from huggingface_hub import hf_hub_download  # only where there is something to fetch
 

@@ -59,6 +59,8 @@ def check(spec: Sweep, base: Recipe) -> Prepared:
     if spec.budget.gpu_hours and not base.placement.worker_gpus:
         raise InputError(f"sweep {spec.name!r}: budget.gpu_hours does nothing where placement.worker_gpus=0")
     check_population(spec, base)
+    if spec.search.kind == "grid":
+        spec.grid(base)
     for changes, recipe in spec.corners(base):
         try:
             check_method(recipe, prepared.family)

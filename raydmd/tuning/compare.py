@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from raydmd.comparing.gather import SweepFacts
 from raydmd.comparing.write import PAGE, sweep_page
+from raydmd.tuning.show import best_of
+from raydmd.tuning.verdict import kept
 
-__all__ = ["PAGE", "compare_page"]
+__all__ = ["PAGE", "compare_page", "facts_of"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
     from raydmd.tuning.rows import Row
     from raydmd.tuning.spec import Sweep
+
+
+def facts_of(spec: Sweep, base: Recipe, rows: Sequence[Row], folder: Path) -> SweepFacts:
+    """What a comparison wants to know of a sweep."""
+    best = best_of(rows, spec)
+    verdict = kept(folder, best, spec) if best else None
+    return SweepFacts(
+        name=spec.name,
+        objectives=spec.objectives,
+        searched=list(spec.space),
+        base=base,
+        rows=list(rows),
+        notes=[f"verdict: {verdict.sentence(spec.objectives)}"] if verdict else [],
+    )
 
 
 def compare_page(spec: Sweep, base: Recipe, rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -32,9 +48,7 @@ def compare_page(spec: Sweep, base: Recipe, rows: Sequence[Row], folder: Path) -
     """
     if not rows:
         return []
-    facts = SweepFacts(
-        name=spec.name, objectives=spec.objectives, searched=list(spec.space), base=base, rows=list(rows)
-    )
+    facts = facts_of(spec, base, rows, folder)
     try:
         page = sweep_page(folder, facts)
     except Exception as error:  # the trials are what counts, and 'raydmd compare' can make it again

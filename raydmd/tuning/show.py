@@ -82,6 +82,8 @@ def progress(rows: Sequence[Row], spec: Sweep) -> str:
     settings = merged(rows, spec.repeats)
     counts = [f"{n} {state}" for state in LATER if (n := sum(row.state == state for row in settings))]
     best, name = best_of(rows, spec), next(iter(spec.objectives))
+    under_way = [f"{r.root:04d} at {r.trained}" for r in settings if r.state == "running" and r.trained]
+    counts += [f"trial {', '.join(under_way)} cycles"] if under_way else []
     so_far = f"   best {name} {best.values[name]:.4g} (trial {best.root:04d})" if best else ""
     total = len(settings) if spec.search.kind == "grid" else spec.budget.trials
     return f"of {total}: {', '.join(counts) or 'none yet'}{so_far}"
@@ -149,7 +151,9 @@ def _beats(a: Mapping[str, float], b: Mapping[str, float], objectives: Mapping[s
 def _order(row: Row, objectives: Mapping[str, str]) -> tuple[Any, ...]:
     if row.values:
         return 0, *_costs(row.values, objectives), row.number
-    return 1, -row.trained, LATER.index(row.state) if row.state in LATER else len(LATER), row.number
+    last = row.at[row.trained] if row.at else {}
+    costs = _costs(last, objectives) if objectives.keys() <= last.keys() else ()
+    return 1, -row.trained, LATER.index(row.state) if row.state in LATER else len(LATER), *costs, row.number
 
 
 def _figure(figures: Mapping[str, float], spread: Mapping[str, float], name: str) -> str:

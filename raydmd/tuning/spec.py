@@ -225,6 +225,11 @@ def read_sweep(given: Mapping[str, Any]) -> Sweep:
     Raises:
         InputError: for unknown keys and values that cannot work.
     """
+    for key in given:
+        if key not in Sweep.model_fields:
+            near = nearest(str(key), list(Sweep.model_fields))
+            known = ", ".join(Sweep.model_fields)
+            raise InputError(f"sweep: unknown key {key!r}; {f'did you mean {near!r}?' if near else f'it has {known}'}")
     try:
         return Sweep.model_validate(dict(given))
     except ValidationError as error:

@@ -90,6 +90,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
             print(table(study.rows(), spec))
             if verdict := kept(folder, best, spec):
                 print(verdict.text(spec.objectives))
+            print(f"compare   {folder / PAGE}\nbest      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
             return DONE
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
         connect()
@@ -153,6 +154,7 @@ def conclude(
     if study.over() and judged_here(spec, base, best):
         try:
             print(judge(spec, base, best, rows, pool, stop, tags).text(spec.objectives))
+            compare_page(spec, base, rows, base.output.parent)  # which says it, too
         except Held:
             print("verdict: another cluster of this sweep is at it; raydmd sweep best will show it")
 

@@ -69,12 +69,16 @@ class Verdict:
         for title, figures in (("the recipe as it is", self.default), (f"trial {self.trial:04d}", self.found)):
             cells = " | ".join(_spread(figures[name]) for name in objectives)
             lines.append(f"| {title} | {cells} |")
+        return "\n".join([*lines, self.sentence(objectives)])
+
+    def sentence(self, objectives: Mapping[str, str]) -> str:
+        """Whether what was found is better in the first objective, and how often in the others."""
+        pairs = "pairs of seed and training" if self.trainings > 1 else "held-out seeds"
         name, goal = next(iter(objectives.items()))
-        count, of = self.better(name, goal), len(self.found[name])
-        pairs = "pairs of seed and training" if self.trainings > 1 else "seeds"
-        word = "beats" if count == of else "does NOT beat"
-        lines.append(f"trial {self.trial:04d} {word} the recipe: {name} is better on {count} of {of} {pairs}")
-        return "\n".join(lines)
+        of = len(self.found[name])
+        word = "beats" if self.better(name, goal) == of else "does NOT beat"
+        told = [f"{k} is better on {self.better(k, g)} of {of}" for k, g in objectives.items()]
+        return f"trial {self.trial:04d} {word} the recipe: {', '.join(told)} {pairs} (± between them)"
 
 
 def kept(folder: Path, best: Row, spec: Sweep) -> Verdict | None:

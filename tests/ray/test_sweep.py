@@ -151,7 +151,8 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert verdict["trial"] == best
     assert len(set(verdict["default"]["frechet"] + verdict["found"]["frechet"])) == 4
     sentence = f"trial {best:04d} {'beats' if beaten(verdict) == 2 else 'does NOT beat'} the recipe: frechet is better"
-    assert f"{sentence} on {beaten(verdict)} of 2 seeds" in out
+    assert f"{sentence} on {beaten(verdict)} of 2, coverage_entropy is better on" in out
+    assert sentence in (tmp_path / "runs" / "tiny" / "compare.html").read_text()
 
     done = command(tmp_path, "run", "s.yaml", "--cluster", "here")
     out, _ = done.communicate(timeout=180)
