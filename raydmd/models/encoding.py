@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Spread = Callable[[Sequence[Sequence[str]], Path], None]
 
+NOT_UNDERSTOOD = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+"""What tokenizers and text encoders raise over settings that make no sense."""
 CHUNK = 64
 """Prompts in one forward of the text encoders."""
 
@@ -101,7 +103,7 @@ class Encoding(ABC):
         """Encode prompts at once, unless they are; see :meth:`encode`."""
         file = self._encoded(prompts, folder)
         if not file.is_file():
-            with understood(f"model {self._settings.path!r}, its tokenizers or text encoders,"):
+            with understood(f"model {self._settings.path!r}, its tokenizers or text encoders,", NOT_UNDERSTOOD):
                 found = self._encode([self._settings.negative_prompt, *prompts], self.text_length())
             _write(found.to(torch.device("cpu")), file)
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def understood(what: str) -> Iterator[None]:
+def understood(what: str, only: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Have what libraries raise over files that they don't understand be bad input, which they raise a dozen types of.
 
     Args:
         what: is read, for the message.
+        only: types that mean it; others, of a machine that fails, pass.
 
     Raises:
         InputError: in place of theirs; memory that is short stays what it is.
@@ -27,6 +28,6 @@ def understood(what: str) -> Iterator[None]:
         yield
     except (RaydmdError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except only as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(f"{what} can't be read: {type(error).__name__}: {lines[0] if lines else ''}") from error

@@ -112,7 +112,7 @@ class TeacherEngine(Engine):
         own = self._shape
         if request.x_t.dtype != torch.float32:
             raise InputError(f"request {request.name!r}: x_t must be float32, and is {request.x_t.dtype}")
-        if own is not None and (len(latent) != len(own) or latent[0] != own[0]):
+        if own is not None and (len(latent) != len(own) or latent[: len(own) > 1] != own[: len(own) > 1]):  # channels
             raise InputError(f"request {request.name!r}: samples of shape {latent} do not fit a model of {own}")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

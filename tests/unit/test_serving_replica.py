@@ -75,14 +75,14 @@ def test_requests_are_batched_answered_in_one_thread_and_counted(tmp_path: Path)
     replica = make(tmp_path, gated)
 
     async def main() -> None:
-        calls = [replica.score(encode_request(ask(i), f"client {i % 2}")) for i in range(4)]
+        calls = [replica.score(encode_request(ask(float(i)), f"client {i % 2}")) for i in range(4)]
         replies = [decode_reply(r) for r in await asyncio.wait_for(asyncio.gather(*calls), 20)]
         assert [r.batch_items for r in replies] == [8] * 4
         conditions = Conditions(embeds=torch.arange(12.0).view(3, 2, 2))
         experts = Experts({"only": gated}, Routing(("only",)), RectifiedFlow(), "x0")
         local = LocalClient(TeacherEngine(experts, conditions))
         for i, reply in enumerate(replies):
-            torch.testing.assert_close(reply.answer.value, local.submit(ask(i)).result().answer.value)
+            torch.testing.assert_close(reply.answer.value, local.submit(ask(float(i))).result().answer.value)
         stats = await replica.ping()
         assert (stats["batches"], stats["items"], stats["requests"]) == (1, 8, 4)
         assert stats["histogram"] == {8: 1}
