@@ -70,8 +70,10 @@ def told(mattered: Importance, by: Figure, *, most: int = 4) -> str:
     if not mattered.shares:
         return f"what mattered: {mattered.why}"
     top = ", ".join(f"{key} {share:.0%}" for key, share in list(mattered.shares.items())[:most])
-    after = f" after {mattered.cycle} cycles, {mattered.finished} of them finished" if mattered.cycle else ""
-    return f"what mattered for {by.key}: {top} ({EVALUATOR}, {mattered.runs} runs{after})"
+    if mattered.cycle:
+        few = f"{mattered.finished} of {mattered.runs} runs have finished"
+        return f"what mattered for {by.key} after {mattered.cycle} cycles, a hint, since {few}: {top} ({EVALUATOR})"
+    return f"what mattered for {by.key}: {top} ({EVALUATOR}, {mattered.runs} runs)"
 
 
 def state_of(run: Run, *, front: bool) -> str:
