@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+from mlflow.models import infer_signature
 from mlflow.pyfunc.model import PythonModel
 from mlflow.tracking import MlflowClient
 
@@ -36,8 +37,9 @@ class StudentModel(PythonModel):
         self._pipeline = DiffusionPipeline.from_pretrained(context.artifacts[PIPELINE], **absent)
         self._pipeline.set_progress_bar_config(disable=True)
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[Any]:
-        """Sample prompts; ``params`` are ``seed``, and whatever else the pipeline takes."""
+    # Without types: MLflow would make its own signature of them, which knows no params, and so would drop the seed.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Sample a list of prompts; ``params`` are ``seed``, and what the pipeline was made to be called with."""
         import torch
 
         del context
@@ -46,7 +48,9 @@ class StudentModel(PythonModel):
         found = []
         for i, prompt in enumerate(model_input):
             generator = torch.Generator().manual_seed(seed + i)
-            made = self._pipeline(prompt=str(prompt), generator=generator, output_type="np", **options)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + i)  # stock schedulers that renoise draw from the process's own state
+                made = self._pipeline(prompt=str(prompt), generator=generator, output_type="np", **options)
             frames = made.frames if hasattr(made, "frames") else made.images[:, None]
             found.append(frames[0])
         return found
@@ -97,6 +101,7 @@ def register(uri: str, run_id: str, name: str, pipeline: Path, how: Mapping[str,
                 name="student",
                 python_model=StudentModel(),
                 artifacts={PIPELINE: str(pipeline), HOW: str(file)},
+                signature=infer_signature(params={"seed": 0, **how["call"]}),
                 registered_model_name=name,
                 pip_requirements=["raydmd", "diffusers", "torch", "transformers"],
             )

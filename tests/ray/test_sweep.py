@@ -144,6 +144,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert picture.shape[-1] == 3
     how = json.loads(next(packed.rglob("how.json")).read_text())
     pipe = DiffusionPipeline.from_pretrained(index.parent, **dict.fromkeys(how["absent"]))
+    torch.manual_seed(3)  # its scheduler draws noise of its own
     drawn = pipe("a red cat", generator=torch.Generator().manual_seed(3), output_type="np", **how["call"]).images
     assert np.array_equal(drawn, picture)
 
