@@ -173,6 +173,10 @@ def _resolve(parent: Callable[[str | None], Recipe], file: Path | None, override
 
 
 def _run(recipe: Recipe, max_cycles: int | None, *, pairs: int | None = None) -> int:
+    from raydmd.training.stopping import leave_on_signals
+
+    if not pairs:
+        leave_on_signals()
     from raydmd.training.run import run
 
     if pairs and recipe.method.regression:

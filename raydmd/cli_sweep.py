@@ -108,6 +108,9 @@ def start(given: dict[str, Any], base: Recipe, overrides: Sequence[str], cluster
     Raises:
         InputError: before anything starts.
     """
+    from raydmd.training.stopping import leave_on_signals
+
+    leave_on_signals()
     from raydmd.training.prepare import quiet
     from raydmd.tuning.spec import read_sweep  # brings torch along
 

@@ -84,11 +84,11 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             return DONE
         same_run(recipe, folder)
         print(f"run '{recipe.name}' in {folder}: starting", flush=True)
-        connect()
         stop = folder / "STOP"
         stop.unlink(missing_ok=True)
         try:
             with stop_on_signals(stop):
+                connect()
                 conduct(prepared, stop, max_cycles=max_cycles)
         finally:
             ray.shutdown()

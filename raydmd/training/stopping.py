@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
+
+from raydmd.errors import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from raydmd.serving.pool import Pool
+
+
+def leave_on_signals() -> None:
+    """End at once on the first SIGINT, until :func:`stop_on_signals` heeds it: nothing is under way yet.
+
+    Python's own exception for it gets lost where a library that is being imported, or Ray as it starts, catches all.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        del number
+        os.write(2, b"stopped: interrupted before anything began\n")
+        os._exit(STOPPED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, leave)
 
 
 @contextlib.contextmanager

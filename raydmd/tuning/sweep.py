@@ -93,11 +93,9 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
             print(f"compare   {folder / PAGE}\nbest      trial {best.root:04d}: {base.output / f'{best.root:04d}'}")
             return DONE
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
-        connect()
         stop.unlink(missing_ok=True)
         try:
-            check_room(base, living_nodes())
-            with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
+            with stop_on_signals(stop), beating(study, stop), cluster_for(base), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
@@ -111,6 +109,18 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
             study.give_back()
             ray.shutdown()
     return DONE
+
+
+@contextlib.contextmanager
+def cluster_for(base: Recipe) -> Iterator[None]:
+    """A cluster with room for a trial.
+
+    Raises:
+        InputError: if it has none.
+    """
+    connect()
+    check_room(base, living_nodes())
+    yield
 
 
 def known_here(study: Study, spec: Sweep, cluster: str, folder: Path) -> None:

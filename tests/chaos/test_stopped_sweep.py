@@ -167,6 +167,7 @@ def test_five_stops_lose_nothing_and_leave_nothing(cluster: dict[str, str], tmp_
         if sweep.poll() is None:
             stops += 1
             sweep.send_signal(how)
+            print(f"stop {stops}: {how.name} after {time.monotonic() - begun:.1f} s, {trained()} cycles in all")
             code = sweep.wait(timeout=240)
             assert code in (3, -signal.SIGINT, -signal.SIGKILL), log.read_text()[-3000:]
         else:
