@@ -29,7 +29,7 @@ test: $(READY) ## install, then run the tests, side by side: all but chaos, then
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not sweep" -n auto --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos and not sweep" -n 2 --dist worksteal
 
-test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second cluster (ten minutes)
+test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second cluster (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep
 
 sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to best, front, page and verdict (22 minutes)
