@@ -89,6 +89,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         try:
             with stop_on_signals(stop):
                 connect()
+            with stop_on_signals(stop):  # anew, since Ray takes SIGTERM for itself as it starts
                 conduct(prepared, stop, max_cycles=max_cycles)
         finally:
             ray.shutdown()

@@ -95,7 +95,11 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
         print(f"sweep '{spec.name}' in {folder}: {study.taken()} of {study.budget} trials are taken", flush=True)
         stop.unlink(missing_ok=True)
         try:
-            with stop_on_signals(stop), beating(study, stop), cluster_for(base), shared(prepared, stop) as pool:
+            with stop_on_signals(stop), beating(study, stop):
+                connect()
+            check_room(base, living_nodes())
+            # Anew, since Ray takes SIGTERM for itself as it starts.
+            with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())
                 tags = {**group.tags(), "raydmd.cluster": cluster}
                 if not study.over():
@@ -109,18 +113,6 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
             study.give_back()
             ray.shutdown()
     return DONE
-
-
-@contextlib.contextmanager
-def cluster_for(base: Recipe) -> Iterator[None]:
-    """A cluster with room for a trial.
-
-    Raises:
-        InputError: if it has none.
-    """
-    connect()
-    check_room(base, living_nodes())
-    yield
 
 
 def known_here(study: Study, spec: Sweep, cluster: str, folder: Path) -> None:
