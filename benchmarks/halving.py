@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WITHIN, SHARE = 0.02, 0.4
 EIGHTH = 8
-"""Share of the training before the first judgement."""
+"""The first judgement comes after one of so many parts of the training."""
 RESULTS = Path(__file__).parent / "results" / "halving.json"
 SPACES = {
     "coarse": {"method.guidance": [1.0, 3.5, 12.0], "training.student.rate": [4e-6, 4e-5, 4e-4]},

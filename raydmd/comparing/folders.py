@@ -24,7 +24,7 @@ from raydmd.comparing.runs import (
     leaves,
 )
 from raydmd.errors import InputError
-from raydmd.tracking.tracker import RUN_ID
+from raydmd.tracking import RUN_ID
 from raydmd.training.events import read_lines
 from raydmd.training.students import EVALUATIONS
 

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raydmd.errors import InputError
+from raydmd.tracking import RUN_ID
 from raydmd.tracking.reader import patience
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ KEY = "raydmd.key"
 """Tag by which a run's folder knows its MLflow run."""
 TAGS = "mlflow_tags.json"
 """File of a run with that tag's value, and the other tags."""
-RUN_ID = "mlflow_run_id"
-"""File of a run with MLflow's name for it."""
 
 
 class Tracker:

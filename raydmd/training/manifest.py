@@ -26,7 +26,7 @@ def seal(folder: Path, *, rank: int = 0, world: int = 1, stamp: str = "") -> Non
         stamp: of those who write together, and of nobody else: others who died over it may have left files.
     """
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not _is_list(f))
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)} for name in names}
+    files = {name: _facts(folder / name) for name in names}
     # Without a line's end: whatever is cut off, it no longer is JSON.
     (folder / NAME.format(rank)).write_text(
         json.dumps({"world": world, "stamp": stamp, "files": files}), encoding="utf-8"
@@ -38,7 +38,7 @@ def reseal(folder: Path, name: str) -> None:
     for path in folder.glob(NAME.replace("{:05d}", "*")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if name in found["files"]:
-            found["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)}
+            found["files"][name] = _facts(folder / name)
             path.unlink()  # it may be a hard link to the original's
             path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -95,6 +95,10 @@ def _wrong(path: Path, expected: dict[str, Any]) -> str:
         return "is missing"
     except OSError as error:
         return f"can't be read: {error}"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sum(path)}
 
 
 def _sum(path: Path) -> str:

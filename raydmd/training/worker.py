@@ -239,8 +239,6 @@ class Worker:
             return cycle <= before and (cycle % every == 0 or cycle in self.plan.ends)
 
         with self.session.latest(fits) as folder:
-            if folder is not None:
-                self._whole(folder)
             if folder is None:
                 message = f"{alarm.message} (no checkpoint of cycle {before} or earlier is kept to roll back to)"
                 self._alarm = replace(alarm, action="stop", message=message)
@@ -263,7 +261,6 @@ class Worker:
                 self._address()
                 self.events.write("start", world=self.session.world)
                 return True
-            self._whole(folder)
             fresh = self._load(folder)
             self._written = (folder / checkpoint.STUDENT).is_dir()
             self.events.write("resume", cycle=self.cycle, world=self.session.world)
@@ -281,6 +278,7 @@ class Worker:
 
     def _load(self, folder: Path, measures: Measures | None = None) -> bool:
         """Build the roles of a checkpoint's phase and fill them; returns whether to enter a phase anew."""
+        self._whole(folder)
         progress = checkpoint.read_progress(folder)
         self.cycle = progress.cycle
         self._enter(self.method.phases[progress.phase], {})

@@ -17,9 +17,9 @@ from ray import tune
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
+from raydmd.tracking import RUN_ID
 from raydmd.tracking.group import Group
 from raydmd.tracking.model import BEST, register
-from raydmd.tracking.tracker import RUN_ID
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
