@@ -3,9 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+NODES := $(addprefix tests/chaos/test_,two_nodes.py elastic.py other_workers.py taken_over.py \
+	doctor_nodes.py job_nodes.py slurm.py services.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-sweeps sweep experiments methods collapse serving lint format
+.PHONY: help install demo test test-chaos test-nodes test-sweeps chaos soak sweep experiments methods collapse serving screenshots docs lint format
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,12 +27,23 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, then distil the tiny Wan2.2 pipeline and write its report
 	$(BIN)/python experiments/phased_wan22.py
 
-test: $(READY) ## install, then run the tests, side by side: all but chaos, then chaos
+test: $(READY) ## install, then run the tests, side by side; the slower ones have targets of their own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not sweep" -n auto --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos and not sweep" -n 2 --dist worksteal
+
+test-chaos: $(READY) ## processes, disks and servers that die in mid-run (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "chaos and not sweep" -n 2 --dist worksteal $(addprefix --ignore=,$(NODES))
+
+test-nodes: $(READY) ## nodes that go and come back, other numbers of workers, folders that change hands
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(NODES)
 
 test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second cluster (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep
+
+chaos: $(READY) ## kill everything at every moment, 46 faults, and see that runs end the same
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
+
+soak: $(READY) ## faults at random for half an hour, and the quality after them (50 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos.soak
 
 sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to best, front, page and verdict (22 minutes)
 	$(BIN)/python experiments/sweep_ca_dm_schedules.py
@@ -51,11 +64,19 @@ serving: $(READY) ## every claim about pools, as tables and JSON (20 minutes)
 	@for name in hidden tax batching sharing wire fairness deaths soak; do \
 		echo "== $$name"; $(BIN)/python benchmarks/serving/$$name.py || exit 1; done
 
-lint: $(READY) ## ruff, mypy --strict, docstrings
+docs: $(READY) ## the pages, with the reference made of the code, into build/docs; a warning fails
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "docs: build/docs/index.html"
+
+screenshots: $(READY) ## the gallery's runs and every picture of README and docs (ten minutes; wants chromium)
+	$(BIN)/python -m docs.make_screenshots
+
+lint: $(READY) ## ruff, mypy --strict, docstrings, known vulnerabilities (where the network has them)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	.ci/docstrings
+	@$(BIN)/python .ci/audit
 
 format: $(READY) ## let ruff fix and format
 	$(BIN)/ruff check --fix .

@@ -64,7 +64,8 @@ def main() -> None:
             Recipe(name="run", output=Path(scratch)),
             {
                 "model.path": args.model,
-                "training": TRAINING | {"batch": args.batch, "cycles": args.cycles, "checkpoint_every": 10},
+                "training": TRAINING | {"batch": args.batch, "cycles": args.cycles},
+                "checkpoints.every": 10,
                 "method": {"name": "dmd2"} | MODELS[args.model],
                 "evaluation": {"samples": args.samples},
             },

@@ -97,12 +97,12 @@ def recipe(model: Path, size: str, placement: str, cycles: int) -> Recipe:
             "model": {"path": str(model), **CLIPS[size]},
             "data.prompts": str(model / "prompts.txt"),
             "method": {"name": "dmd2", "steps": 4, "shift": 3.0, "guidance": 5.0},
+            "checkpoints.every": cycles + 1,
             "training": {
                 "cycles": cycles + 1,
                 "batch": 1,
                 "fake_updates": 5,
                 "report_every": 1,
-                "checkpoint_every": cycles + 1,
                 "student": role,
                 "fake": role,
                 "ema": 0.0,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 
-COLUMNS = {
-    "evaluations": ("evaluations", "{:d}"),
-    "frechet": ("Fréchet", "{:.1f}"),
-    "joint": ("joint accuracy", "{:.3f}"),
-    "flow": ("flow, px/frame", "{:.2f}"),
-    "dynamic_degree": ("dynamic degree", "{:.3f}"),
-    "diversity": ("diversity", "{:.3f}"),
-    "coverage_entropy": ("coverage entropy", "{:.3f}"),
+from raydmd.evaluation.table import ARROWS, column
+
+FORMS = {
+    "evaluations": "{:d}",
+    "frechet": "{:.1f}",
+    "joint": "{:.3f}",
+    "flow": "{:.2f}",
+    "dynamic_degree": "{:.3f}",
+    "diversity": "{:.3f}",
+    "coverage_entropy": "{:.3f}",
 }
 
 
@@ -20,10 +22,11 @@ def main() -> None:
     """Read the file named on the command line and print its table."""
     with open(sys.argv[1], encoding="utf-8") as file:
         result = json.load(file)
-    print("| sampler | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-    print("|---|" + "---|" * len(COLUMNS))
+    found = [column(key) for key in FORMS]
+    print("| sampler | " + " | ".join(c.label + ARROWS.get(c.better or "", "") for c in found if c) + " |")
+    print("|---|" + "---|" * len(FORMS))
     for row in result["rows"]:
-        cells = ["" if row[k] is None else form.format(row[k]) for k, (_, form) in COLUMNS.items()]
+        cells = ["" if row[k] is None else form.format(row[k]) for k, form in FORMS.items()]
         print(f"| {row['title']} | " + " | ".join(cells) + " |")
     print(f"\nGap closed: {json.dumps(result['gap_closed'])}")
 

@@ -32,10 +32,11 @@ PAPER = Recipe(
         precision="bf16",
         sharding="fsdp",
         gradient_checkpointing=True,
+        offload_activations=True,
     ),
     evaluation=Evaluation(samples=8, batch=1, grid=4),
     placement=Placement(
-        workers=64, teachers=8, batch_items=2, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1
+        workers=64, teachers=8, batch_items=1, worker_cpus=4, teacher_cpus=4, worker_gpus=1, teacher_gpus=1
     ),
 )
 

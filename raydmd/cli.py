@@ -7,6 +7,7 @@ refused input answer at once. What runs is :func:`raydmd.training.run.run`, impo
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -17,12 +18,15 @@ from pydantic_core import to_jsonable_python
 import raydmd
 from raydmd import recipe_io
 from raydmd.cli_compare import compare
+from raydmd.cli_doctor import doctor
 from raydmd.cli_faults import guard
+from raydmd.cli_plan import plan, told_after
 from raydmd.cli_sweep import sweep_commands
 from raydmd.cli_words import FLAGS, PASS_ON, read_overrides
 from raydmd.errors import DONE, InputError
 from raydmd.models.places import in_zoo
 from raydmd.recipe import FREE, Recipe, combine
+from raydmd.redact import hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,8 +94,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     app.command("sample")(_sample)
     app.add_typer(sweep_commands(), name="sweep", help="Search over recipes.")
     app.command("compare")(compare)
+    app.command("plan", context_settings=PASS_ON, options_metavar=f"FILE [--cluster NAME] {USAGE}")(plan)
     app.command("track")(_track)
     app.command("top")(_top)
+    app.command("doctor", context_settings=PASS_ON, options_metavar="[FLAGS] [RECIPE] [KEY=VALUE]...")(doctor)
     app.command("recipe", context_settings=PASS_ON, options_metavar="[--file FILE] [KEY=VALUE]...")(_print_recipe)
     app(args=None if argv is None else list(argv), prog_name="raydmd")
     raise AssertionError("typer exits by itself")
@@ -183,7 +189,13 @@ def _run(recipe: Recipe, max_cycles: int | None, *, pairs: int | None = None) ->
         from raydmd.training.make_pairs import make_missing
 
         make_missing(recipe, pairs)
-    return run(recipe, max_cycles=max_cycles) or DONE
+    code = run(recipe, max_cycles=max_cycles) or DONE
+    try:
+        if said := told_after(recipe.folder):
+            typer.echo(f"plan      {said}; raydmd plan --cluster here --after {recipe.folder}")
+    except Exception as error:  # the run is done, whatever its plan was
+        typer.echo(f"plan      not compared: {type(error).__name__}: {hidden(str(error))}")
+    return code
 
 
 def _make_pairs(
@@ -267,6 +279,9 @@ def _top(
     """Watch a cluster's pools of teachers and rewards: replicas, load, and which run asks how much."""
 
     def show() -> None:
+        from raydmd.training.access import show_token
+
+        show_token(address or os.environ.get("RAY_ADDRESS"))
         from raydmd.serving.top import top
 
         top(address, once=once, as_json=as_json)

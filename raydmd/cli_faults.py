@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from raydmd.errors import FAILED, STOPPED, RaydmdError, RunStopped
+from raydmd.redact import hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +39,8 @@ def guard(step: Callable[[], T], recipe: Recipe | None) -> T:
 
 def _say(kind: str, message: str) -> None:
     if os.environ.get("RAYDMD_DEBUG") == "1":
-        traceback.print_exc()
-    typer.echo(f"{kind}: {message}", err=True)
+        typer.echo(hidden(traceback.format_exc()), err=True)
+    typer.echo(hidden(f"{kind}: {message}"), err=True)
 
 
 def _message(error: Exception) -> str:
@@ -61,7 +62,7 @@ def _keep_traceback(recipe: Recipe | None) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as log:
-            log.write(traceback.format_exc() + "\n")
+            log.write(hidden(traceback.format_exc()) + "\n")
     except OSError:
         return None
     return path

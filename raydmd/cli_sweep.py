@@ -273,10 +273,12 @@ def _stop(
     """Stop a sweep's commands, wherever they run; trials under way are kept, and the same commands go on with them."""
 
     def stop() -> None:
+        from raydmd.tuning.spec import cluster_folder
         from raydmd.tuning.study import tell_to_stop
 
+        folders = [cluster_folder(folder, cluster)] if cluster else sorted((folder / "clusters").glob("*"))
         tell_to_stop(*_study(folder, storage), cluster)
-        for f in sorted((folder / "clusters").glob(cluster or "*")):
+        for f in folders:
             if f.is_dir():
                 (f / "STOP").touch()  # those who see this folder need not wait for their next look at the study
         typer.echo(f"told {cluster or 'all clusters'}")

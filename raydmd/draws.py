@@ -7,8 +7,8 @@ size draws the same numbers for the same sample.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
+class Witness(Protocol):
+    """Somebody who is told what is drawn."""
+
+    def drawn(self, purpose: str, position: int | None, value: Tensor) -> None:
+        """Called for each sample, or with ``None`` for what all samples share; ``value`` is on the CPU."""
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch.
@@ -29,21 +36,26 @@ class Draws:
         update: which update of the run this batch serves, the same on all ranks, e.g. ``12/student``.
         positions: global index of each sample in the run's stream.
         device: where drawn tensors go; numbers are made on the CPU and do not depend on it.
+        witness: is told what is drawn.
     """
 
     seed: int
     update: str
     positions: Sequence[int]
     device: torch.device = CPU
+    witness: Witness | None = field(default=None, compare=False, repr=False)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal noise ``(B, *shape)``, fp32."""
         rows = [torch.randn(tuple(shape), generator=self._generator(purpose, p)) for p in self.positions]
+        self._tell(purpose, rows)
         return torch.stack(rows).to(self.device)
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), ``(B,)``, fp32."""
-        return torch.cat([torch.rand(1, generator=self._generator(purpose, p)) for p in self.positions]).to(self.device)
+        rows = [torch.rand(1, generator=self._generator(purpose, p)) for p in self.positions]
+        self._tell(purpose, rows)
+        return torch.cat(rows).to(self.device)
 
     def on(self, device: torch.device) -> Draws:
         """The same numbers on another device."""
@@ -51,7 +63,15 @@ class Draws:
 
     def shared(self, purpose: str) -> float:
         """One uniform number in [0, 1) that all samples and all ranks share."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator(purpose, self.update)))
+        value = torch.rand((), dtype=torch.float64, generator=self._generator(purpose, self.update))
+        if self.witness:
+            self.witness.drawn(purpose, None, value)
+        return float(value)
+
+    def _tell(self, purpose: str, rows: Sequence[Tensor]) -> None:
+        if self.witness:
+            for position, row in zip(self.positions, rows, strict=True):
+                self.witness.drawn(purpose, position, row)
 
     def _generator(self, purpose: str, key: int | str) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}|{purpose}|{key}".encode(), digest_size=8).digest()

@@ -35,7 +35,21 @@ class DamagedCheckpoint(RunFailed):
 
 
 class NonFiniteError(RaydmdError):
-    """A loss, gradient, score or reward is not finite; the optimizers did not move."""
+    """A loss, gradient, score or reward is not finite; the optimizers did not move.
+
+    Attributes:
+        samples: of the request that are the cause, by their place in it; none if that is not known.
+    """
+
+    def __init__(self, message: str, samples: tuple[int, ...] = ()) -> None:
+        """Say what is not finite.
+
+        Args:
+            message: in words.
+            samples: see above.
+        """
+        super().__init__(message)
+        self.samples = samples
 
 
 class RewardError(RaydmdError):

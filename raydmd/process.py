@@ -187,13 +187,16 @@ class EDM(Process):
 
 
 def shift(u: Tensor, mu: float) -> Tensor:
-    """Timestep shift ``mu u / (1 + (mu - 1) u)``; ``mu > 1`` moves times towards noise."""
-    return mu * u / (1 + (mu - 1) * u)
+    """Timestep shift ``mu u / (1 + (mu - 1) u)``; ``mu > 1`` moves times towards noise.
+
+    Written so that rounding keeps 1 at 1 and everything else below.
+    """
+    return mu * u / (mu * u + (1 - u))
 
 
 def unshift(t: Tensor, mu: float) -> Tensor:
     """The inverse of :func:`shift`."""
-    return t / (mu - (mu - 1) * t)
+    return t / (t + mu * (1 - t))
 
 
 def step_grid(steps: int, mu: float) -> list[float]:

@@ -30,6 +30,9 @@ class Data(Section):
     """Of a dataset."""
     timeout: Positive = 3600.0
     """Seconds that a part of the prompts may take to be encoded, its wait for a free node included."""
+    quarantine: tuple[Count, ...] = ()
+    """Prompts that are never trained on, by their number from 1 on, as messages have it: those whose samples are not
+    finite. In its place comes the prompt after it; all other samples stay as they are. May change on the way."""
     cache: Path | None = None
     """Where encoded prompts are kept; default: ``conditions`` beside the run."""
     sizes: tuple[Size, ...] = ()

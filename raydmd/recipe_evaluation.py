@@ -34,6 +34,7 @@ class Evaluation(Section):
     samples: Count = 256
     """Clips per method. Without a judge and networks there are pictures, motion and timings only."""
     teacher_steps: Count = 40
+    """Of the teacher whose clips a student is compared with, guided."""
     guidance: NonNegative | None = None
     """Of the teacher's clips that a student is compared with; default: ``method.guidance``."""
     shift: Positive | None = None
@@ -50,7 +51,9 @@ class Evaluation(Section):
     grid: Count = 8
     """Rows of the contact sheet."""
     batch: Count = 64
+    """Samples that are drawn and measured at once."""
     seed: int = 1_000_000
+    """Of prompts and noise, which are the same for all that is measured."""
     timeout: Positive = 6 * 3600.0
     """Seconds that export and evaluation may take."""
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydmd.errors import InputError
+from raydmd.redact import hidden
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Mapping
@@ -27,7 +28,7 @@ ALIASES = {
     "buckets": "data.sizes",
     "cfg": "method.guidance",
     "cfg_scale": "method.guidance",
-    "checkpointing_steps": "training.checkpoint_every",
+    "checkpointing_steps": "checkpoints.every",
     "clip_grad": "training.student.clip",
     "data_path": "data.prompts",
     "dfake_gen_update_ratio": "training.fake_updates",
@@ -72,8 +73,8 @@ ALIASES = {
     "rate": "training.student.rate",
     "resolutions": "data.sizes",
     "run_name": "name",
-    "save_every": "training.checkpoint_every",
-    "save_steps": "training.checkpoint_every",
+    "save_every": "checkpoints.every",
+    "save_steps": "checkpoints.every",
     "tracking_uri": "tracking.uri",
     "train_batch_size": "training.batch",
     "train_steps": "training.cycles",
@@ -311,7 +312,7 @@ def explain(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(p) for p in item["loc"])
         message = str(item["msg"]).removeprefix("Value error, ")
-        given = "" if isinstance(item["input"], dict) else f", given {item['input']!r}"
+        given = "" if isinstance(item["input"], dict) else f", given {hidden(repr(item['input']))}"
         lines.append(f"{key}: {message}{given}" if key else message)
     return "; ".join(lines)
 

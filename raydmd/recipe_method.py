@@ -58,6 +58,7 @@ class Decouple(Section):
     """Where each renoises: ``coupled`` at one level with one noise (DMD); ``full`` each anywhere; ``constrained`` each
     cleaner than the student's input; ``hybrid`` CA cleaner than the input, DM anywhere."""
     match: Weight = 1.0
+    """Of DM."""
     augment: Weight = 1.0
     """On top of CA's own ``guidance - 1``."""
     augment_times: Times = (0.02, 0.98)
@@ -85,6 +86,7 @@ class Anchor(Section):
     of: Count = 30
     """The teacher's steps from noise to clean."""
     weight: TermWeight = 0.05
+    """Lambda."""
     guidance: NonNegative | None = None
     """Of the teacher's walk; default: ``method.guidance``."""
     shift: Positive | None = None
@@ -104,6 +106,7 @@ class Moments(Section):
     """Decoupled DMD's mean-variance regulariser, a weak stand-in for distribution matching in its ablation."""
 
     weight: TermWeight = 1.0
+    """Of the divergence from these moments."""
     mean: float = 0.0
     """Of a latent; the paper has 0.075 for SDXL."""
     variance: Positive = 1.0
@@ -156,6 +159,7 @@ class Adapt(Section):
     epsilon: Positive = 1e-4
     """Added to the group's standard deviation."""
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = (Reward(),)
+    """Summed. What a student is rewarded by should not be what measures it."""
 
 
 class Method(Section):
@@ -164,7 +168,10 @@ class Method(Section):
     name: Literal["dmd", "dmd2", "phased", "decoupled", "amd", "dp_dmd"] = "phased"
     """The preset whose settings hold where none is given."""
     steps: Count = 4
+    """The student's, in training and as it is exported."""
     shift: Positive = 5.0
+    """Of the student's grid of times: ``shift u / (1 + (shift - 1) u)`` of ``u = 1, 1 - 1/steps, ...``. Each model has
+    its own."""
     boundaries: tuple[float, ...] = ()
     """Noise levels that end each phase but the last, falling. Phase k renoises above its own."""
     guidance: NonNegative = 4.0
@@ -186,6 +193,7 @@ class Method(Section):
     ``noisy_distance``: over ``|x_t - D_real|`` (DP-DMD's code). ``x0``: that difference as it is (Decoupled DMD's
     algorithm 1). ``none``: the difference of scores (Phased DMD's equations), which weighs low noise more."""
     normaliser_floor: NonNegative = FLOOR
+    """Smallest divisor, where ``normaliser`` is a distance."""
     fake_weight_cap: Positive = CAP
     """Cap on ``1 / sigma_{t|s}^2`` in the fake score's loss (Phased DMD, eq. 13)."""
     fake_shift: Positive | None = None

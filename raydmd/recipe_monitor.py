@@ -49,6 +49,7 @@ class Monitor(Section):
     settle: Count = 50
     """First rows of a phase, in which nothing fires; the levels at their end are the phase's start."""
     window: Annotated[int, Field(ge=2)] = 20
+    """Rows whose median is a level."""
     patience: Count = 10
     """Rows in a row over a limit before it fires, and well below it before it may fire anew."""
     limit: Count = 2

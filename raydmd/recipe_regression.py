@@ -23,6 +23,7 @@ class Regression(Section):
     loss: Literal["lpips", "l2", "ssim"] = "lpips"
     """``lpips`` (with VGG16) and ``ssim`` compare decoded frames one by one, ``l2`` compares latents."""
     weight: TermWeight = 0.25
+    """Lambda."""
     batch: Count | None = None
     """Pairs per student update, over all workers; default: ``training.batch``."""
     steps: Count = 50

@@ -93,7 +93,7 @@ def compared(
         runs=ordered,
         by=sort_by,
         objectives=axes,
-        front=front(ordered, axes) if len(axes) > 1 else set(),
+        front=front(ordered, axes) if len(axes) > 1 and len(ordered) > 1 else set(),
         differences=Differences(tuple(_ranked(found.parameters, mattered, searched)), found.same),
         importance=mattered,
         notes=[*notes, *unlike(named), *_told_of_repeats(ordered)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from raydmd.comparing.runs import (
 from raydmd.errors import InputError
 from raydmd.tracking import RUN_ID
 from raydmd.training.events import read_lines
+from raydmd.training.lock import held
 from raydmd.training.students import EVALUATIONS
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _state(folder: Path) -> tuple[str, str]:
     """A run's state, and why it failed."""
     if (folder / RESULT).is_file():
         return FINISHED, ""
-    if _held(folder / "lock"):
+    if held(folder):
         return RUNNING, ""
     last = None
     for event in read_lines(folder / "events.jsonl"):
@@ -158,18 +158,6 @@ def _state(folder: Path) -> tuple[str, str]:
     if last and last["event"] == "failed":
         return FAILED, str(last.get("message", "")).strip().partition("\n")[0]
     return STOPPED, str(last.get("alarm") or "") if last else ""
-
-
-def _held(lock: Path) -> bool:
-    """Whether a process holds a run's folder."""
-    try:
-        with lock.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from raydmd.comparing.folders import read_sweep
 from raydmd.comparing.page import page
 from raydmd.comparing.samples import groups, sheet_of
 from raydmd.errors import InputError
+from raydmd.files import replace
 
 if TYPE_CHECKING:
     from raydmd.comparing.document import Comparison
@@ -73,8 +74,8 @@ def write(found: Comparison, file: Path, *, most: int = GRIDS, seconds: float = 
     linked = {**whole, "runs": [{**run, "link": _link(run["link"], file)} for run in whole["runs"]]}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(data, as_text(plain(whole)) + "\n")
-        _replace(file, page(linked))
+        replace(data, as_text(plain(whole)) + "\n")
+        replace(file, page(linked))
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
     return file, data
@@ -124,9 +125,3 @@ def _link(link: str, file: Path) -> str:
     if not link or link.startswith(("http://", "https://")):
         return link
     return quote(Path(os.path.relpath(link, file.absolute().parent)).as_posix())
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -111,7 +111,9 @@ def read_pretrained(loader: Any, source: str | Path, *, dtype: torch.dtype, unus
         InputError: if it cannot be read or lacks weights.
     """
     try:
-        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"no {loader.__name__} can be read from {source}: {error}") from None
     lacking = sorted(name for name in info["missing_keys"] if not name.startswith(unused))

@@ -32,6 +32,8 @@ class Column:
     brief: bool = True
 
 
+ARROWS = {"low": " ↓", "high": " ↑"}
+"""Which way is better, behind a label."""
 COLUMNS = (
     Column("evaluations", "evals", None, 0, "network evaluations per clip; guidance counts double"),
     Column("seconds", "s/clip", None, 3, "wall time per clip in seconds, on the machine below"),
@@ -46,10 +48,10 @@ COLUMNS = (
     Column("flow_ratio", "flow ratio", None, 2, "flow relative to the teacher's", False),
     Column("dynamic_degree", "dynamic", "teacher", 3, "share of clips that move at all", False),
     Column("diversity", "diversity", "teacher", 3, "1 - mean cosine of a prompt's features", False),
-    Column("coverage_entropy", "entropy", "high", 3, "evenness of what a prompt leaves open"),
+    Column("coverage_entropy", "coverage", "high", 3, "evenness of what a prompt leaves open; 1 is the truth"),
     Column("coverage_distance", "TV", "low", 3, "the same as total variation to the truth", False),
     Column("missing_modes", "missing", "low", 3, "share of open values that a prompt never shows"),
-    Column("pooled_entropy", "pooled entropy", "high", 3, "evenness over all prompts", False),
+    Column("pooled_entropy", "pooled coverage", "high", 3, "evenness over all prompts", False),
     Column("pooled_distance", "pooled TV", "low", 3, "total variation over all prompts", False),
     Column("pooled_missing", "pooled missing", "low", 3, "values missing over all prompts", False),
     Column("brightness", "brightness", "teacher", 3, "mean pixel value", False),

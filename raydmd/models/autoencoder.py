@@ -53,7 +53,7 @@ class ImageAutoencoder:
 
     def stock(self) -> AutoencoderKL:
         """See :class:`Autoencoder`."""
-        return AutoencoderKL.from_pretrained(self._path, subfolder="vae", **self._revision)
+        return AutoencoderKL.from_pretrained(self._path, subfolder="vae", use_safetensors=True, **self._revision)
 
     def render(self, latents: Tensor) -> Tensor:
         """See :class:`Autoencoder`."""
@@ -75,7 +75,7 @@ class ImageAutoencoder:
         if self._loaded is None:
             with understood(f"model {self._path!r}, vae"):
                 loaded = AutoencoderKL.from_pretrained(
-                    self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
+                    self._path, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32, **self._revision
                 )
             self._loaded = loaded.to(device)
             self._loaded.requires_grad_(False)
@@ -110,7 +110,9 @@ class VideoAutoencoder:
 
     def stock(self) -> nn.Module:
         """See :class:`Autoencoder`."""
-        module: nn.Module = self._kind.from_pretrained(self._path, subfolder="vae", **self._revision)
+        module: nn.Module = self._kind.from_pretrained(
+            self._path, subfolder="vae", use_safetensors=True, **self._revision
+        )
         return module
 
     def render(self, latents: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class VideoAutoencoder:
         if self._loaded is None:
             with understood(f"model {self._path!r}, vae"):
                 loaded = self._kind.from_pretrained(
-                    self._path, subfolder="vae", torch_dtype=torch.float32, **self._revision
+                    self._path, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32, **self._revision
                 )
             self._loaded = loaded.to(device)
             self._loaded.requires_grad_(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -207,6 +207,8 @@ class Denoiser(ABC, nn.Module):
     """Of a network that several share, each with an adapter of its own: turns one on and the others off."""
     tokens: TokenGroup | None = None
     """Ranks that share each sample's tokens with this one, where there are such."""
+    keeping: Callable[[], AbstractContextManager[None]] | None = None
+    """The context of forward passes with gradient: where what they keep for the backward pass goes."""
     idle: tuple[str, ...] = ()
     """Modules whose output nothing reads, so that their parameters never get a gradient; they stay as they are."""
 
@@ -244,7 +246,8 @@ class Denoiser(ABC, nn.Module):
         if self.switch is not None:
             self.switch(self.adapter)
         plain = self._autocast == torch.float32
-        with torch.autocast(device.type, self._autocast, enabled=not plain):
+        keeping = self.keeping() if self.keeping and torch.is_grad_enabled() else nullcontext()
+        with keeping, torch.autocast(device.type, self._autocast, enabled=not plain):
             yield self._own_dtype() if plain else self._autocast
 
     def _own_dtype(self) -> torch.dtype:

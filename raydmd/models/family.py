@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from raydmd.models.base import Rescale
     from raydmd.process import Prediction, Process
     from raydmd.recipe_method import Method
+    from raydmd.recipe_training import Training
 
 
 class Family(Encoding):
@@ -54,6 +55,10 @@ class Family(Encoding):
     autoencoder: Autoencoder
     adapters: bool = True
     """Its network can be given adapters."""
+    text_width: str = ""
+    """Key of its network's config with the width of a prompt's tokens; empty where prompts are numbers of classes."""
+    masked: bool = False
+    """Its conditions have a mask."""
     pictures: bool = False
     """Its prompts have pictures."""
     asked: str = '"your prompt"'
@@ -150,7 +155,7 @@ class Family(Encoding):
             "all roles here, teacher, fake score and student, and for the exported scheduler"
         ]
 
-    def check_roles(self, training: recipes.Training) -> None:
+    def check_roles(self, training: Training) -> None:
         """Refuse adapters on a network that diffusers can give none.
 
         Raises:
@@ -328,7 +333,9 @@ class Family(Encoding):
             return hollow(kind, self._config(kind, part), dtype)
         check_part(self.path, part)
         with understood(f"model {self.path!r}, {part}"):
-            loaded = kind.from_pretrained(self.path, subfolder=part, torch_dtype=dtype, **self.revision)
+            loaded = kind.from_pretrained(
+                self.path, subfolder=part, torch_dtype=dtype, use_safetensors=True, **self.revision
+            )
         if part in self._settings.lora:
             fuse(self.pipeline, loaded, Path(self._settings.lora[part]), prefix=self.network)
         return loaded
@@ -340,7 +347,7 @@ class Family(Encoding):
         if not self._has(part):
             return None
         with understood(f"model {self.path!r}, {part}"):
-            return AutoTokenizer.from_pretrained(self.path, subfolder=part, **self.revision)
+            return AutoTokenizer.from_pretrained(self.path, subfolder=part, trust_remote_code=False, **self.revision)
 
     def _length(self, most: int, part: str = "tokenizer") -> int:
         """The recipe's ``model.text_length``; else the tokenizer's limit, but ``most``."""

@@ -90,6 +90,7 @@ class Flux(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = FluxPipeline
+    text_width = "joint_attention_dim"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:

@@ -66,6 +66,8 @@ class Lumina2(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = Lumina2Pipeline
+    text_width = "cap_feat_dim"
+    masked = True
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:

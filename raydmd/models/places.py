@@ -67,6 +67,11 @@ def locate(settings: Model) -> Place:
     counts = all(isinstance(v, int) and v > 0 for v in sizes.values())
     if not counts or not all(isinstance(v, str) for v in files.values()):
         raise InputError(f"{about} is not readable: sizes must be whole numbers above 0, files must be names")
+    for (
+        name
+    ) in files.values():  # a stranger's folder says what is read, shown and sent to MLflow: nothing outside of it
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{about} names {name!r}, which is not in its folder")
     places = {k: folder / name for k, name in files.items()}
     return Place(settings=settings.model_copy(update={"path": str(folder), **sizes}), **places)
 

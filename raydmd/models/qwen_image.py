@@ -79,6 +79,8 @@ class QwenImage(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = QwenImagePipeline
+    text_width = "joint_attention_dim"
+    masked = True
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:

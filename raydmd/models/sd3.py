@@ -78,6 +78,7 @@ class StableDiffusion3(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = StableDiffusion3Pipeline
+    text_width = "joint_attention_dim"
     text_parts = tuple(f"{part}{n}" for n in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:

@@ -82,6 +82,7 @@ class StableDiffusion(Family):
     """
 
     pipeline = StableDiffusionPipeline
+    text_width = "cross_attention_dim"
     network = "unet"
     text_parts = ("text_encoder", "tokenizer")
     process: VariancePreserving
@@ -146,6 +147,7 @@ class StableDiffusionXL(Family):
     """
 
     pipeline = StableDiffusionXLPipeline
+    text_width = "cross_attention_dim"
     network = "unet"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     process: VariancePreserving

@@ -72,6 +72,7 @@ class Wan(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = WanPipeline
+    text_width = "text_dim"
     text_parts = ("text_encoder", "tokenizer")
     autoencoder: VideoAutoencoder
 

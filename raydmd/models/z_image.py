@@ -66,6 +66,8 @@ class ZImage(Family):
     process = RectifiedFlow()
     prediction = "flow"
     pipeline = ZImagePipeline
+    text_width = "cap_feat_dim"
+    masked = True
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, settings: recipes.Model, index: Mapping[str, Any]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydmd.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.json"
 FORMAT = 1
@@ -147,6 +147,8 @@ class Manifest:
             origin, shards = Origin(**tree["origin"]), tuple(Shard(**s) for s in tree["shards"])
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise PairsError(f"{file} is not readable: {type(error).__name__}: {error}") from None
+        if odd := next((s.file for s in shards if Path(s.file).name != s.file), None):
+            raise PairsError(f"{file} names {odd!r}, which is not in its folder")
         lists = {f.name: tuple(v) for f in fields(origin) if isinstance(v := getattr(origin, f.name), list)}
         return cls(origin=Origin(**{**asdict(origin), **lists}), shards=shards)
 

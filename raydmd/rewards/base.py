@@ -94,5 +94,6 @@ class Reward(ABC):
         came = "" if pixels[i].isfinite().all() else "; its pixels were not finite already"
         raise NonFiniteError(
             f"reward {self.name!r}, sample {ids[i]} (prompt {prompts[i]!r}): the value is {float(values[i])}; "
-            f"bad samples of this batch: {[ids[k] for k in bad]}{came}"
+            f"bad samples of this batch: {[ids[k] for k in bad]}{came}",
+            tuple(bad),
         )

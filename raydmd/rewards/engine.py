@@ -78,7 +78,7 @@ class RewardEngine(Engine):
             raise InputError(f"request {request.name!r}: conditions {wrong} are not among {len(self._prompts)} prompts")
         bad = (~torch.isfinite(request.x_t).flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
-            raise NonFiniteError(f"request {request.name!r}: latents of samples {bad} are not finite")
+            raise NonFiniteError(f"request {request.name!r}: latents of samples {bad} are not finite", tuple(bad))
 
 
 def load_reward_engine(

@@ -53,7 +53,7 @@ def read_model(model_class: Any, path: str) -> Any:
         InputError: if files are missing, damaged or of other shapes.
     """
     try:
-        model, about = model_class.from_pretrained(path, output_loading_info=True)
+        model, about = model_class.from_pretrained(path, output_loading_info=True, use_safetensors=True)
     except BROKEN as error:
         raise InputError(f"no {model_class.__name__} can be read from {path!r}: {error}") from None
     missing = sorted(about["missing_keys"])
@@ -69,7 +69,7 @@ def read_tokenizer(path: str) -> Any:
         InputError: if there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except BROKEN as error:
         raise InputError(f"no tokenizer can be read from {path!r}: {error}") from None
     # Without a vocabulary's file transformers makes one of nothing but special tokens, and every prompt is alike.

@@ -213,6 +213,8 @@ class Fleet:
         slot = self.slots.get(name)
         if slot is None:
             return
+        if slot.stage is Stage.READY:
+            slot.error = ""  # a ping before this one may have been late
         slot.open = open_requests
         slot.queues.append(queued)
         if slot.heard is None:

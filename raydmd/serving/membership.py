@@ -34,14 +34,12 @@ class Known:
         health: the client's own opinion.
         experts: that it holds; empty for all.
         present: whether it is among the pool's members now.
-        sent: requests it was ever sent.
     """
 
     actor: Any
     health: Health
     experts: tuple[str, ...] = ()
     present: bool = True
-    sent: int = 0
     probe: Any = None
     probe_sent: float = 0.0
 
@@ -70,7 +68,7 @@ class Membership:
 
     def present(self) -> list[tuple[str, Known]]:
         """The pool's members, in one order for all clients."""
-        return [(name, replica) for name, replica in self.replicas.items() if replica.present]
+        return [(name, self.replicas[name]) for name in sorted(self.replicas) if self.replicas[name].present]
 
     def refs(self) -> list[Any]:
         """What news will come by."""

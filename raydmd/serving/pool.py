@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raydmd.errors import PoolError
+from raydmd.serving.attendance import Attendance, News
 from raydmd.serving.keeper import TTL, Keeper
 from raydmd.serving.order import ANYWHERE, NAME, NAMESPACE, ClientSpec, find_keeper, plain
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _CALL = 30.0
 """Seconds that the keeper has to answer."""
+_NEWS = 3.0
+"""Seconds that it has where nobody waits for more than news."""
 _CALLS = 1000
 """Calls that may wait for news at the keeper: a few per client."""
 
@@ -88,6 +91,7 @@ class Pool:
         )
         self._deadline = clock() + start_timeout
         self._late = self._ready = False
+        self._attendance = Attendance()
         self._closed = threading.Event()
         self._lease = self._take()
         self._renewer = threading.Thread(target=self._renew, name=f"lease of {order.key}", daemon=True)
@@ -156,12 +160,16 @@ class Pool:
         """What a worker needs to make a client: picklable, goes into the workers' configuration."""
         return self._spec
 
-    def look(self) -> Look | None:
-        """How the keeper sees the pool; ``None`` while there is none."""
+    def look(self, timeout: float = _CALL) -> Look | None:
+        """How the keeper sees the pool; ``None`` while there is none, or none that answers within so many seconds."""
         with contextlib.suppress(RayError, ValueError):
-            look: Look | None = ray.get(find_keeper().renew.remote(self._lease), timeout=_CALL)
+            look: Look | None = ray.get(find_keeper().renew.remote(self._lease), timeout=timeout)
             return look
         return None
+
+    def news(self) -> list[News]:
+        """Replicas that came to harm since this was last asked, and those that are back; takes seconds at most."""
+        return self._attendance.news(self.look(_NEWS))
 
     def stats(self, timeout: float = 5.0) -> PoolStats:
         """Ask every replica that serves how it is doing, now.

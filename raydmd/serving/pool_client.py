@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,23 @@ from raydmd.serving.direct import fetch, lend
 from raydmd.serving.membership import FETCH_TIMEOUT, Membership
 from raydmd.serving.messages import split
 from raydmd.serving.order import plain
-from raydmd.serving.router import Candidate, choose
+from raydmd.serving.router import Candidate, choose, stable_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from raydmd.serving.messages import Reply, Request
     from raydmd.serving.order import ClientSpec
 
+Waits = Callable[[str], None]
+"""Is told for whom a client waits, and with an empty text that it waits no longer."""
+
+Again = Callable[[str, str], None]
+"""Is told which request is sent once more after a failure or a silence, and why."""
+
 _SLICE = 0.2
+_TOLD = 1.0
+"""Seconds of waiting after which it is told for whom."""
 FORWARDS = 3
 """Forwards that may raise for one request before it gives up; a dead process or a silence is no such failure."""
 _BACKOFF_FIRST, _BACKOFF_LONGEST = 0.2, 2.0
@@ -75,7 +84,7 @@ class _Attempt:
 class PoolPending(Pending):
     """A request under way in a pool."""
 
-    def __init__(self, client: PoolClient, request: Request, legs: list[_Leg], submitted: float) -> None:
+    def __init__(self, client: PoolClient, request: Request, legs: list[_Leg], submitted: float, turn: int) -> None:
         """Made by :meth:`PoolClient.submit`.
 
         Args:
@@ -84,11 +93,13 @@ class PoolPending(Pending):
             legs: the encoded request, sent again by retries; the whole of it first and then, if it has several legs,
                 each.
             submitted: clock reading, seconds.
+            turn: of the client, see :func:`raydmd.serving.router.choose`.
         """
         self.name = request.name
         self.device = request.x_t.device
         self.whole, *self.legs = legs
         self.submitted = submitted
+        self.turn = turn
         self.attempts: list[_Attempt] = []
         self.sends = 0
         self.failures = 0
@@ -124,6 +135,9 @@ class PoolClient(Client):
         client_id: str,
         *,
         clock: Callable[[], float] = time.monotonic,
+        waits: Waits = lambda _: None,
+        again: Again = lambda *_: None,
+        seat: int | None = None,
     ) -> None:
         """Connect; costs nothing.
 
@@ -131,9 +145,16 @@ class PoolClient(Client):
             spec: from :meth:`raydmd.serving.pool.Pool.client_spec`.
             client_id: who asks, e.g. ``trial 3 rank 0``; replicas serve clients in turns.
             clock: seconds.
+            waits: see :data:`Waits`.
+            again: see :data:`Again`.
+            seat: among the clients that ask in step with it, see :func:`raydmd.serving.router.seat`; by default
+                one of its name.
         """
         self._spec = spec
+        self._again = again
+        self._waits = waits
         self._id = client_id
+        self._turn = stable_hash(client_id) if seat is None else seat
         self._clock = clock
         self._lend = lend if spec.wire == "nixl" else None
         self._members = Membership(spec, client_id)
@@ -168,7 +189,8 @@ class PoolClient(Client):
         now = self._clock()
         parts = split(request, self._spec.routing)
         legs = [_Leg(_kept(self._encoded(part)), experts) for part, experts in parts]
-        pending = PoolPending(self, request, legs, now)
+        pending = PoolPending(self, request, legs, now, self._turn)
+        self._turn += 1
         self._open.add(pending)
         self._members.follow(now)
         self._try(pending, set(), now)
@@ -187,7 +209,7 @@ class PoolClient(Client):
         Returns:
             The answer or the error to raise, and the seconds this took.
         """
-        start = self._clock()
+        start, said = self._clock(), ""
         outcome: Reply | RaydmdError | None = None
         while outcome is None:
             now = self._clock()
@@ -198,11 +220,23 @@ class PoolClient(Client):
                 outcome = ScoreTimeout(self._story(pending, what))
             if outcome is None:
                 outcome = self._advance(pending, now)
+            if outcome is None and now - start > _TOLD:
+                said = self._told(pending, said)
             if outcome is None:
                 self._rest([ref for a in pending.attempts for ref in a.refs[-1:]] + self._members.refs())
+        if said:
+            self._waits("")
         pending.attempts.clear()
         self._open.discard(pending)
         return outcome, self._clock() - start
+
+    def _told(self, pending: PoolPending, before: str) -> str:
+        """Say for which replicas a request waits, if that has not been said."""
+        names = " and ".join(f"replica {a.replica!r}" for a in pending.attempts) or "any replica"
+        if names != before:
+            when = time.strftime("%H:%M:%S")
+            self._waits(f"waits for {names} of pool {self._spec.pool!r} since {when}, request {pending.name!r}")
+        return names
 
     def _encoded(self, request: Request) -> RequestWire:
         try:
@@ -296,25 +330,25 @@ class PoolClient(Client):
 
     def _try(self, pending: PoolPending, exclude: set[str], now: float) -> None:
         """Send a request to a replica that has all it needs, or its legs to one each, if there are such."""
-        route = self._route(pending.name, [pending.whole], exclude) or self._route(pending.name, pending.legs, exclude)
+        route = self._route(pending, [pending.whole], exclude) or self._route(pending, pending.legs, exclude)
         if not route:
             pending.last_error = pending.last_error or self._nobody(pending)
             return
         # A refused attempt was never served, so what follows it is no recovery.
         if pending.sends > pending.refusals:
             self._retries += 1
+            self._again(pending.name, pending.last_error)
         refs: list[Any] = []
         for leg, name in route:
             replica = self._members.replicas[name]
             ask = replica.actor.walk_on if refs else replica.actor.score
             refs.append(ask.remote(leg.payload, *refs[-1:]))
-            replica.sent += 1
         pending.attempts.append(_Attempt(refs, [name for _, name in route], now))
         pending.sends += 1
 
-    def _route(self, name: str, legs: list[_Leg], exclude: set[str]) -> list[tuple[_Leg, str]]:
+    def _route(self, pending: PoolPending, legs: list[_Leg], exclude: set[str]) -> list[tuple[_Leg, str]]:
         """A replica for each leg; nothing if one has none."""
-        found = [(leg, self._choose(name, leg, exclude)) for leg in legs]
+        found = [(leg, self._choose(pending, leg, exclude)) for leg in legs]
         route = [(leg, replica) for leg, replica in found if replica is not None]
         return route if len(route) == len(legs) else []
 
@@ -323,7 +357,7 @@ class PoolClient(Client):
         wanted = ", ".join(sorted(pending.whole.experts)) or "the model"
         return f"no usable replica has {wanted} ({held or 'none is up'})"
 
-    def _choose(self, name: str, leg: _Leg, exclude: set[str]) -> str | None:
+    def _choose(self, pending: PoolPending, leg: _Leg, exclude: set[str]) -> str | None:
         now = self._clock()
         busy = [r for p in self._open for a in p.attempts for r in a.replicas]
         candidates = [
@@ -331,12 +365,12 @@ class PoolClient(Client):
                 name=other,
                 tier=None if other in exclude else replica.health.tier(now),
                 outstanding=busy.count(other),
-                sent=replica.sent,
             )
             for other, replica in self._members.present()
             if not replica.experts or leg.experts <= {*replica.experts}
         ]
-        return choose(candidates, request=name, client=self._id, deterministic=self._spec.deterministic)
+        turn = pending.turn + pending.sends  # once more is another one's turn, and the next request is where it was
+        return choose(candidates, request=pending.name, turn=turn, deterministic=self._spec.deterministic)
 
     def _fail(self, pending: PoolPending, why: str, now: float) -> None:
         pending.failures += 1

@@ -18,13 +18,11 @@ class Candidate:
         name: of the replica.
         tier: from :meth:`raydmd.serving.health.Health.tier`; ``None`` is never chosen.
         outstanding: this client's unanswered requests at it.
-        sent: requests this client ever sent it.
     """
 
     name: str
     tier: int | None
     outstanding: int = 0
-    sent: int = 0
 
 
 def stable_hash(text: str) -> int:
@@ -32,16 +30,19 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def choose(candidates: Sequence[Candidate], *, request: str, client: str, deterministic: bool) -> str | None:
+def choose(candidates: Sequence[Candidate], *, request: str, turn: int, deterministic: bool) -> str | None:
     """The replica for a request.
+
+    A run's workers ask in step, and what each knows of its own requests is the same for all. They spread because each
+    goes round from a place of its own by the number of the request, whatever became of the ones before.
 
     Args:
         candidates: all replicas, in one order for all clients.
         request: its name.
-        client: who asks; clients break ties differently, so that their first requests spread.
+        turn: the client's place and how many requests it made before.
         deterministic: choose by the request's name alone among the usable replicas of the best tier
             (rendezvous hashing, so the loss of a replica moves no request of another one); else the
-            fewest outstanding, then the fewest sent.
+            fewest outstanding, then the next in turn.
 
     Returns:
         Its name, or ``None`` if no replica is usable.
@@ -49,13 +50,13 @@ def choose(candidates: Sequence[Candidate], *, request: str, client: str, determ
     tiers = [c.tier for c in candidates if c.tier is not None]
     if not tiers:
         return None
-    best = [(i, c) for i, c in enumerate(candidates) if c.tier == min(tiers)]
+    best = [c for c in candidates if c.tier == min(tiers)]
     if deterministic:
-        return max((stable_hash(f"{request}\0{c.name}"), c.name) for _, c in best)[1]
-    offset = stable_hash(client) % len(candidates)
+        return max((stable_hash(f"{request}\0{c.name}"), c.name) for c in best)[1]
+    first = turn % len(best)
+    return min(best[first:] + best[:first], key=lambda c: c.outstanding).name
 
-    def load(pair: tuple[int, Candidate]) -> tuple[int, int, int]:
-        index, c = pair
-        return c.outstanding, c.sent, (index - offset) % len(candidates)
 
-    return min(best, key=load)[1].name
+def seat(run: str, share: int) -> int:
+    """Where a client begins: those of a run one after the other, from a place of the run's own."""
+    return stable_hash(run) + share

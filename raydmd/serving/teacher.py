@@ -118,5 +118,6 @@ def _refuse_non_finite(request: TeacherRequest, x0: Tensor) -> None:
     raise NonFiniteError(
         f"request {request.name!r}, sample {i} (condition {request.conditions[i]}, "
         f"{level}): {int((~finite[i]).sum())} of {finite.shape[1]} values of "
-        f"the teacher's x0 are not finite; bad samples of this request: {bad}{came}"
+        f"the teacher's x0 are not finite; bad samples of this request: {bad}{came}",
+        tuple(bad),
     )

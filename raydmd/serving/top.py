@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raydmd.errors import InputError
-from raydmd.serving.joining import reachable
+from raydmd.serving.joining import loopback, on_loopback, reachable
 from raydmd.serving.order import find_keeper, plain
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def join(address: str | None) -> None:
 
     def init() -> None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with loopback(on_loopback(address)):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # raised in the thread that waits
             failed.append(error)
 

@@ -34,7 +34,7 @@ class StudentModel(PythonModel):
 
         self._how = json.loads(Path(context.artifacts[HOW]).read_text(encoding="utf-8"))
         absent = dict.fromkeys(self._how["absent"])
-        self._pipeline = DiffusionPipeline.from_pretrained(context.artifacts[PIPELINE], **absent)
+        self._pipeline = DiffusionPipeline.from_pretrained(context.artifacts[PIPELINE], use_safetensors=True, **absent)
         self._pipeline.set_progress_bar_config(disable=True)
 
     # Without types: MLflow would make its own signature of them, which knows no params, and so would drop the seed.

@@ -189,7 +189,10 @@ class Reader:
         """Where MLflow's own page of a run is; empty for a database."""
         if not self.served:
             return ""
-        return f"{self.uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        scheme, slashes, rest = self.uri.rstrip("/").partition("://")
+        host, slash, path = rest.partition("/")
+        public = f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"  # pages are passed on, passwords are not
+        return f"{public}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
     def _search(self, query: str, *, experiments: Sequence[str] = (), most: int | None = None) -> list[MlflowRun]:
         ids = list(experiments) or list(self._experiments)

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +78,17 @@ class Tracker:
 
     def figures(self, figures: Mapping[str, float], *, step: int, when: float) -> None:
         """Write the figures of an evaluation after so many cycles, made at a time, unless they are there."""
+        self._measured(figures, step, when, lambda m: (m.step, m.timestamp) == (step, int(when * 1000)))
+
+    def _measured(self, figures: Mapping[str, float], step: int, when: float, same: Callable[[Metric], bool]) -> None:
         first = next(iter(figures))
         with self._asked() as (client, run_id):
-            if not any(m.step == step for m in client.get_metric_history(run_id, _key(first))):
+            if not any(same(m) for m in client.get_metric_history(run_id, _key(first))):
                 client.log_batch(run_id, metrics=_metrics(figures, step, when))
 
     def results(self, figures: Mapping[str, float], artifacts: Sequence[Path], *, step: int, when: float) -> None:
         """Write the last evaluation's figures and the files that belong to the run."""
-        self.figures(figures, step=step, when=when)
+        self._measured(figures, step, when, lambda m: m.step == step)
         with self._asked() as (client, run_id):
             for path in artifacts:
                 if path.is_dir():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from raydmd.methods.presets import source_expert
+from raydmd.models.offload import offloaded
 from raydmd.training.roles import TrainedRole, add_adapter
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from raydmd.models.base import Denoiser, Routing
     from raydmd.models.family import Family
-    from raydmd.recipe import Recipe, Role
+    from raydmd.recipe import Recipe
+    from raydmd.recipe_training import Role
     from raydmd.training.session import Session
     from raydmd.training.tied import Tied
 
@@ -55,6 +57,7 @@ class Building:
             add_adapter(denoiser, lora, seed=self.recipe.seed)
         if training.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
+        denoiser.keeping = offloaded if training.offload_activations else None
         if self.session.tokens:
             self.session.tokens.share(denoiser)
         denoiser.train()

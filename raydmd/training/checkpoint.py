@@ -1,24 +1,30 @@
 """Checkpoints: PyTorch's distributed format for tensors, JSON for where the run stands.
 
 Files of a checkpoint: ``*.distcp`` and ``.metadata`` (tensors, one file per rank, reshardable),
-``progress.json`` (cycle, phase, recipe, versions).
+``progress.json`` (cycle, phase, recipe, versions), and each rank's list of its files.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raydmd import __version__
+from raydmd.training.metadata import Reader, read_metadata
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
     from pathlib import Path
 
 PROGRESS = "progress.json"
@@ -57,11 +63,67 @@ def cycle_of(name: str) -> int:
     return int(re.findall(r"\d{8,}", name)[0])
 
 
-def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, *, rank: int) -> None:
-    """Write this rank's part into ``folder``. All ranks call it, each with a folder of its own."""
-    dcp_save(tensors, checkpoint_id=str(folder))
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """A checkpoint that is being written.
+
+    Attributes:
+        name: its name.
+        folder: of this rank's files, or of all ranks'.
+        complete: returns once this rank's files are there, whole and listed.
+        done: is called once they are where they stay.
+    """
+
+    name: str
+    folder: Path
+    complete: Callable[[], None]
+    done: Callable[[], None]
+
+
+def writers(patience: timedelta) -> dist.ProcessGroup | None:
+    """A group of all ranks that says nothing but what checkpoints need, so that they can be written beside training.
+
+    Args:
+        patience: how long ranks wait for each other.
+    """
+    return dist.new_group(backend="gloo", timeout=patience) if dist.is_initialized() else None
+
+
+def save(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    progress: Progress,
+    *,
+    rank: int = 0,
+    group: dist.ProcessGroup | None = None,
+    background: bool = False,
+) -> Callable[[], None]:
+    """Write this rank's part into ``folder``; all ranks call it.
+
+    Args:
+        folder: one for all ranks, or of each its own.
+        tensors: what to write. In the background they are copied first, so that the caller may go on changing them.
+        progress: where the run stands.
+        rank: of this process.
+        group: of :func:`writers`.
+        background: return once they are copied.
+
+    Returns:
+        What to call for it to be there; raises what went wrong.
+    """
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+    if not background:
+        dcp_save(tensors, checkpoint_id=str(folder), process_group=group)
+        return lambda: None
+    future = async_save(tensors, checkpoint_id=str(folder), process_group=group)
+    assert isinstance(future, Future)
+    return lambda: (future.result(), None)[1]
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    """Bytes of all ranks' parts: what is sharded is written by its owners, what all have by one of them."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def read_progress(folder: Path) -> Progress:
@@ -70,5 +132,10 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` in place, whatever world size wrote them."""
-    dcp_load(tensors, checkpoint_id=str(folder))
+    """Fill ``tensors`` in place, whatever world size wrote them.
+
+    Raises:
+        DamagedCheckpoint: on all ranks alike, if its metadata are none of a table of tensors.
+    """
+    read_metadata(folder)  # by every rank: PyTorch has the first one read them, and the others fail in another way
+    dcp_load(tensors, storage_reader=Reader(str(folder)))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raydmd.errors import InputError, RunFailed
-from raydmd.serving.joining import reachable
+from raydmd.serving.joining import loopback, on_loopback, reachable
+from raydmd.training.access import warning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from raydmd.recipe import Recipe
 
 
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+SHRINKING = 30.0
+"""Seconds that Ray Train waits for as many workers as it has decided on. Where it may take fewer that is no longer than
+its news of nodes are old, for it may have counted one that has just gone."""
 EPSILON = 1e-9
 MOST_WORKERS = 4096
 
@@ -25,7 +30,8 @@ MOST_WORKERS = 4096
 def connect() -> None:
     """Join the cluster that ``RAY_ADDRESS`` names (a submitted job has it), or start one of our own here.
 
-    A cluster that happens to run on this machine is never joined by accident.
+    A cluster that happens to run on this machine is never joined by accident. One of our own listens on this machine
+    alone; one that asks for no token is told.
 
     Raises:
         InputError: if the named cluster cannot be joined.
@@ -39,7 +45,8 @@ def connect() -> None:
     else:
         reachable(address)
     try:
-        ray.init(address=address or "local", **options)
+        with loopback(not address or on_loopback(address)):
+            ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot join the Ray cluster at {address!r}: {error}") from error
     except Exception as error:  # what Ray raises over a node of its own that starts too slowly
@@ -47,6 +54,8 @@ def connect() -> None:
             f"Ray did not start: {error} Is this machine overloaded, or out of memory or disk? Nothing was lost; the "
             "same command tries again"
         ) from error
+    if said := warning(ray.get_runtime_context().gcs_address, own=not address):
+        print(said, flush=True)
 
 
 def settle() -> None:
@@ -56,6 +65,12 @@ def settle() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A committed checkpoint is one the controller has seen: look often, so that little is redone.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+
+def wait_briefly(recipe: Recipe) -> None:
+    """Have Ray Train decide anew soon, in a run that may shrink; a value that is set from outside stays."""
+    if recipe.placement.workers_least:
+        os.environ.setdefault(START_TIMEOUT, f"{SHRINKING:g}")
 
 
 def lasting(output: Path) -> Path:
@@ -77,6 +92,8 @@ def check_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> None:
             is large enough for one of the processes.
     """
     bundles, copies = _processes(recipe)
+    if recipe.placement.workers_least:
+        copies["worker"] = _begun_with(recipe, bundles["worker"], nodes)
     if (homeless := _pack(bundles, copies, nodes)) is None:
         return
     rows = {f"{n} x {kind}": {k: n * v for k, v in bundles[kind].items()} for kind, n in copies.items()}
@@ -108,7 +125,7 @@ def _processes(recipe: Recipe) -> tuple[dict[str, dict[str, float]], dict[str, i
         bundles["teacher"] = _bundle(p.teacher_cpus, p.teacher_gpus, p.teacher_resources)
         copies["teacher"] = p.teachers
     if recipe.method.adapt and p.reward == "remote":
-        bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, {})
+        bundles["reward"] = _bundle(p.reward_cpus, p.reward_gpus, p.reward_resources)
         copies["reward"] = p.rewards
     if p.samplers:
         bundles["sampler"] = _bundle(p.sampler_cpus, p.sampler_gpus, {})
@@ -117,6 +134,27 @@ def _processes(recipe: Recipe) -> tuple[dict[str, dict[str, float]], dict[str, i
         bundles["evaluation"] = _bundle(min(p.teacher_cpus, p.worker_cpus), p.worker_gpus, {})
         copies["evaluation"] = 1
     return bundles, copies
+
+
+def lacks_room(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> str:
+    """What nodes have too little of for a run's workers, or for as few as it may shrink to; empty if they have room.
+
+    Pools go on with what they get, so that they are not looked at.
+    """
+    p = recipe.placement
+    bundle, workers = _processes(recipe)[0]["worker"], p.workers_least or p.workers
+    if _pack({"worker": bundle}, {"worker": workers}, nodes) is None:
+        return ""
+    asked = ", ".join(f"{k} {v:g}" for k, v in bundle.items())
+    there = ", ".join(f"{k} {sum(node.get(k, 0.0) for node in nodes):g}" for k in bundle)
+    count = f"{len(nodes)} node" + "s" * (len(nodes) != 1)
+    return f"no room for {workers} worker{'s' * (workers != 1)} of {asked} each: {count} with {there} in all"
+
+
+def _begun_with(recipe: Recipe, bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that Ray Train starts on these nodes: as many as they have resources for, free or not."""
+    room = sum(min(int(node.get(k, 0.0) // v) for k, v in bundle.items()) for node in nodes)
+    return max(recipe.placement.workers_least, min(room, recipe.placement.workers))
 
 
 def parallel_runs(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:

@@ -11,12 +11,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from raydmd.errors import NonFiniteError
 from raydmd.serving.messages import RewardRequest, ScoreRequest, WalkRequest
+from raydmd.training.blame import blame, placed
+from raydmd.training.quarantine import Poisoned
 
 if TYPE_CHECKING:
     from raydmd.methods.gan import Adversary
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
     from raydmd.methods.weighing import Mean, Term
     from raydmd.pairs.stream import PairStream
     from raydmd.serving.client import Client, Pending
+    from raydmd.training.blame import Everyone
     from raydmd.training.roles import TrainedRole
     from raydmd.training.sampling import Samplers
     from raydmd.training.stream import Batch, Stream
 
+T = TypeVar("T")
 Agree = Callable[[Exception | None], None]
 """Raises on every rank if any rank brings an error; called at the same places by all."""
 
@@ -74,6 +79,8 @@ class Actors:
         progress: share of the phase that is done, by cycle.
         agree: see :data:`Agree`.
         mean: of a scalar over all ranks.
+        isolate: puts samples into quarantine, or raises if the run may not; called by all ranks with the same.
+        everyone: see :data:`~raydmd.training.blame.Everyone`.
         adversary: discriminator and real samples, where the method has a GAN.
         pairs: noise-image pairs, where the method regresses to them.
         distance: of samples to pairs.
@@ -94,6 +101,8 @@ class Actors:
     progress: Callable[[int], float]
     agree: Agree
     mean: Mean
+    isolate: Callable[[Poisoned], None]
+    everyone: Everyone
     adversary: Adversary | None = None
     pairs: PairStream | None = None
     distance: Distance | None = None
@@ -111,40 +120,74 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
         NonFiniteError: from a loss, a gradient or the teacher, on all ranks alike.
     """
     watch = Stopwatch()
-    metrics: dict[str, float] = {}
-
-    batch = a.stream.batch(cycle, "student")
-    sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=True)
-    progress = a.progress(cycle)
-    queries, walk = a.method.queries(sample, a.phase, batch.draws, progress), a.method.walk(sample)
-    judged = a.rewards.submit(reward_request(sample, batch, f"cycle {cycle} reward")) if a.rewards else None
-    pending = [a.teacher.submit(score_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
-    pending += [a.teacher.submit(walk_request(walk, batch, f"cycle {cycle} walk"))] if walk else []
+    asked = ask(a, cycle)
     watch.lap("rollout")
 
+    slots = [f"fake.{k}" for k in range(a.fake_updates)]
     if a.samplers:
-        slots = [f"fake.{k}" for k in range(a.fake_updates)]
         a.samplers.ahead(cycle, a.student, a.phase, a.stream, slots, a.agree)
     seen: dict[str, list[float]] = {}
     # The student stands still meanwhile, so the next sample can be judged elsewhere while this one is learnt from.
-    for drawn in ahead(draw(a, cycle, f"fake.{k}") for k in range(a.fake_updates)):
-        for key, value in update_fake(a, drawn).items():
+    for drawn in ahead(draw(a, cycle, slot) for slot in slots):
+        for key, value in learn(a, drawn).items():
             seen.setdefault(key, []).append(value)
-    metrics |= {key: sum(values) / len(values) for key, values in seen.items()}
+    metrics = {key: sum(values) / len(values) for key, values in seen.items()}
     watch.lap("fake")
 
+    metrics |= sound(a, asked, lambda asked: update_student(a, asked, watch), lambda: ask(a, cycle))
+    return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A sample for the student's update, and what was asked about it.
+
+    Attributes:
+        cycle: that it belongs to.
+        batch: positions, conditions and random numbers.
+        sample: of the student, with its gradient.
+        queries: the score terms' to the teacher.
+        walk: the anchor's, if it has one.
+        pending: the teacher's answers, the walk's last.
+        judged: its rewards, where the method adapts to them.
+    """
+
+    cycle: int
+    batch: Batch
+    sample: Sample
+    queries: tuple[Query, ...]
+    walk: Walk | None
+    pending: list[Pending]
+    judged: Pending | None
+
+
+def ask(a: Actors, cycle: int) -> Asked:
+    """Make the sample of a student update, and have teacher and rewards look at it."""
+    batch = a.stream.batch(cycle, "student")
+    sample = a.method.rollout(a.student.experts, batch.cond, batch.draws, a.phase, batch.latent, grad=True)
+    queries, walk = a.method.queries(sample, a.phase, batch.draws, a.progress(cycle)), a.method.walk(sample)
+    judged = a.rewards.submit(reward_request(sample, batch, f"cycle {cycle} reward")) if a.rewards else None
+    pending = [a.teacher.submit(score_request(q, batch, f"cycle {cycle} {i}")) for i, q in enumerate(queries)]
+    pending += [a.teacher.submit(walk_request(walk, batch, f"cycle {cycle} walk"))] if walk else []
+    return Asked(cycle=cycle, batch=batch, sample=sample, queries=queries, walk=walk, pending=pending, judged=judged)
+
+
+def update_student(a: Actors, asked: Asked, watch: Stopwatch) -> dict[str, float]:
+    """The student's update, once the answers are there."""
+    cycle, batch, sample, progress = asked.cycle, asked.batch, asked.sample, a.progress(asked.cycle)
+    metrics: dict[str, float] = {}
     error: Exception | None = None
     answers: list[Answer] = []
     rewards: Tensor | None = None
     try:
-        answers = [p.result().answer for p in pending]
-        rewards = judged.result().answer.value if judged else None
+        answers = [p.result().answer for p in asked.pending]
+        rewards = asked.judged.result().answer.value if asked.judged else None
     except Exception as e:  # raised again below, by all ranks together
-        error = e
+        error = placed(e, batch, cycle, "student")
     a.agree(error)
     watch.lap("teacher_wait")
 
-    walked = answers.pop().value if walk else None
+    walked = answers.pop().value if asked.walk else None
     others: list[Term] = []
     if a.adversary:
         judged_term, found = a.adversary.student_term(sample, batch.cond, batch.draws, a.phase, progress)
@@ -155,11 +198,12 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
         term, errors = a.method.paired_term(a.student.experts, a.pairs.batch(cycle), a.distance, a.phase, a.latent)
         others.append(term)
         metrics["student/regression"] = float(errors.mean())
+    sample.x.retain_grad()  # it shows which sample is the cause, should one be
     loss = a.method.generator_loss(
         a.fake.experts,
         sample,
         batch.cond,
-        queries,
+        asked.queries,
         answers,
         progress,
         walked=walked,
@@ -167,7 +211,9 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
         others=others,
         mean=a.mean,
     )
-    metrics["student/gradient"] = a.student.update(loss, where=f"cycle {cycle}")
+    metrics["student/gradient"] = step(
+        a, a.student, loss, batch, cycle, "student", lambda: {"its sample": sample.x, "its gradient": sample.x.grad}
+    )
     if a.pairs and errors is not None:
         a.pairs.learn(cycle, errors)
     watch.lap("generator")
@@ -180,7 +226,41 @@ def train_cycle(a: Actors, cycle: int) -> dict[str, float]:
     metrics["student/saturation"] = float(((sample.x0 - mean).abs() > SATURATED * std).float().mean())
     if rewards is not None:
         metrics["student/reward"] = float(rewards.mean())
-    return metrics | {f"time/{k}": v for k, v in watch.seconds.items()}
+    return metrics
+
+
+def sound(a: Actors, made: T, use: Callable[[T], dict[str, float]], anew: Callable[[], T]) -> dict[str, float]:
+    """Use samples for an update; poison is drawn anew as often as the run allows, and nothing has moved before.
+
+    Args:
+        a: puts poison into quarantine, or raises.
+        made: the samples.
+        use: makes the update.
+        anew: draws the same samples, but those in quarantine.
+    """
+    while True:
+        try:
+            return use(made)
+        except Poisoned as error:
+            a.isolate(error)
+        made = anew()
+
+
+def step(
+    a: Actors,
+    role: TrainedRole,
+    loss: Tensor,
+    batch: Batch,
+    cycle: int,
+    slot: str,
+    looked: Callable[[], dict[str, Tensor | None]],
+) -> float:
+    """An optimizer's step; if its gradient is not finite, the error names the samples that ``looked`` shows."""
+    try:
+        return role.update(loss, where=f"cycle {cycle}, {slot}")
+    except NonFiniteError as error:
+        here = float(loss.detach())
+        raise blame(error, batch, cycle, slot, loss=here, looked=looked(), everyone=a.everyone) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +311,11 @@ def _taken(a: Actors, samplers: Samplers, cycle: int, purpose: str, batch: Batch
     return found
 
 
+def learn(a: Actors, drawn: Drawn) -> dict[str, float]:
+    """One update of the fake score, with other samples for those that are poison."""
+    return sound(a, drawn, lambda d: update_fake(a, d), lambda: draw(a, drawn.cycle, drawn.purpose))
+
+
 def update_fake(a: Actors, drawn: Drawn) -> dict[str, float]:
     """One update of the fake score."""
     batch, sample, cycle, metrics = drawn.batch, drawn.sample, drawn.cycle, {}
@@ -246,7 +331,9 @@ def update_fake(a: Actors, drawn: Drawn) -> dict[str, float]:
         more, found = a.adversary.critic_loss(sample, batch.cond, batch.draws, a.phase, t, a.progress(cycle))
         loss = loss if more is None else loss + more
         metrics |= found
-    metrics["fake/gradient"] = a.fake.update(loss, where=f"cycle {cycle}, {drawn.purpose}")
+    metrics["fake/gradient"] = step(
+        a, a.fake, loss, batch, cycle, drawn.purpose, lambda: {"its sample": sample.x, "its error": error[:, None]}
+    )
     for key, low, high in zip(ERRORS, BANDS, BANDS[1:], strict=False):
         here = (t >= low) & (t < high)
         if here.any():
@@ -274,7 +361,7 @@ def _rewards(a: Actors, drawn: Drawn) -> Tensor | None:
     try:
         rewards = drawn.judged.result().answer.value
     except Exception as e:
-        error = e
+        error = placed(e, drawn.batch, drawn.cycle, drawn.purpose)
     a.agree(error)
     return rewards
 
@@ -309,4 +396,4 @@ def reward_request(sample: Sample, batch: Batch, name: str) -> RewardRequest:
 
 
 def _name(name: str, batch: Batch) -> str:
-    return f"{name} positions {batch.draws.positions[0]}..{batch.draws.positions[-1]}"
+    return f"{name} positions {batch.positions[0]}..{batch.positions[-1]}"

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from raydmd.redact import hidden
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+    from typing import BinaryIO
+
+METRICS = "metrics.jsonl"
+"""File of a run with a row for each report."""
+PATIENCE = 2.0
+"""Seconds that a line waits for those of other hosts."""
 
 
 class EventLog:
@@ -28,9 +38,35 @@ class EventLog:
         """Append one event; a single write, so that lines of two processes never mix."""
         if not self._enabled:
             return
-        line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": kind, **facts})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        told = {k: hidden(v) if isinstance(v, str) else v for k, v in facts.items()}  # an error may quote an address
+        append(self._path, {"time": round(time.time(), 3), "pid": os.getpid(), "event": kind, **told})
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a line, by a single write; whoever was torn off in the one before has lost that one alone."""
+    with path.open("ab+") as file, _alone(file):
+        torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        file.flush()  # while nobody else may write
+
+
+@contextlib.contextmanager
+def _alone(file: BinaryIO) -> Iterator[None]:
+    """Keep other hosts out, whose NFS would append at an end that they remember; nobody is kept out for long."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:  # somebody has it, or the file system has no locks
+            if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > until:
+                break
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_UN)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -18,10 +18,13 @@ from raydmd.guidance import Guidance
 from raydmd.models import load_family
 from raydmd.models.places import locate
 from raydmd.process import step_grid
+from raydmd.training.checkpoint import STUDENT
 from raydmd.training.clips import ALL, Asked, Sampler, ask, decoded, draw_here, evaluation_draws, teacher_samples
-from raydmd.training.events import read_lines
+from raydmd.training.events import EventLog, read_lines
 from raydmd.training.export import PIPELINE, add_results, export, load_student, lower, readable, solver, student_experts
+from raydmd.training.folder import owe
 from raydmd.training.plan import CyclePlan
+from raydmd.training.store import Store
 from raydmd.training.students import EVALUATION
 from raydmd.zoo.judge import AttributeJudge
 
@@ -49,7 +52,7 @@ def finish_run(
 
     Args:
         recipe: the run.
-        checkpoint: its final checkpoint.
+        checkpoint: name of its final checkpoint.
         prompts: the training prompts, used for evaluation where there is no judge.
         facts: versions and the like, for the report.
         pool: of the teacher, as far as the evaluation asks it; see :func:`raydmd.training.clips.at_pool`.
@@ -59,12 +62,17 @@ def finish_run(
     """
     torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
     folder, family = recipe.folder, load_family(recipe.model)
-    student = load_student(recipe, family, Path(checkpoint))
+    EventLog(folder / "events.jsonl").write("export", checkpoint=Path(checkpoint).name)
+    with Store.of(folder, recipe.checkpoints.storage).at(checkpoint, only=STUDENT) as trained:
+        student = load_student(recipe, family, trained)
     written = export(recipe, family, student, folder)
     evaluation, contact = measure(recipe, family, student_experts(recipe, family, student), prompts, pool)
     add_results(folder / PIPELINE, evaluation.text())
     facts = facts | {"cycles": f"{recipe.training.cycles}"}
-    report = write_report(
+    weights = written if recipe.tracking.weights in (None, "all") else []
+    files = [str(f) for f in (*weights, folder / "report.html", folder / "result.json", folder / "contact.png")]
+    owe(recipe, "FINISHED", figures_of(evaluation), files)
+    write_report(
         folder,
         title=recipe.name,
         evaluation=evaluation,
@@ -74,9 +82,7 @@ def finish_run(
         facts=facts,
         phases=CyclePlan.of(recipe.training, len(recipe.method.boundaries) + 1).ends[:-1],
     )
-    weights = written if recipe.tracking.weights in (None, "all") else []
-    files = [*weights, report, folder / "result.json", folder / "contact.png"]
-    return figures_of(evaluation), [str(f) for f in files], evaluation.text()
+    return figures_of(evaluation), files, evaluation.text()
 
 
 def measure(
@@ -123,20 +129,21 @@ def interim_figures(recipe: Recipe, folder: str, prompts: list[str], pool: Clien
     Returns:
         Figures, named as in a run's last evaluation.
     """
-    return _figures_from(recipe, folder, prompts, pool, unfinished=True)
+    return _figures_from(recipe, Path(folder), prompts, pool, unfinished=True)
 
 
 def final_figures(recipe: Recipe, checkpoint: str, prompts: list[str], pool: ClientSpec | None) -> dict[str, float]:
-    """The same of a student that is trained, from its final checkpoint."""
-    return _figures_from(recipe, checkpoint, prompts, pool, unfinished=False)
+    """The same of a student that is trained, from its final checkpoint, by its name."""
+    with Store.of(recipe.folder, recipe.checkpoints.storage).at(checkpoint, only=STUDENT) as folder:
+        return _figures_from(recipe, folder, prompts, pool, unfinished=False)
 
 
 def _figures_from(
-    recipe: Recipe, folder: str, prompts: list[str], pool: ClientSpec | None, *, unfinished: bool
+    recipe: Recipe, folder: Path, prompts: list[str], pool: ClientSpec | None, *, unfinished: bool
 ) -> dict[str, float]:
     torch.set_num_threads(recipe.placement.threads)
     family = load_family(recipe.model)
-    student = student_experts(recipe, family, load_student(recipe, family, Path(folder), unfinished=unfinished))
+    student = student_experts(recipe, family, load_student(recipe, family, folder, unfinished=unfinished))
     asked, judge = what_is_asked(recipe, family, prompts)
     compared = judge is not None or bool(recipe.evaluation.networks)
     [teacher] = teacher_samples(asked, pool, ["reference" if compared else "teacher"])

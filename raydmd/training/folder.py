@@ -1,77 +1,68 @@
-"""A run's folder: who holds it, how far it came, and whether a recipe is the one it was started with."""
+"""A run's folder: how far it came, and whether a recipe is the one it was started with."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import json
 import time
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from raydmd.errors import InputError
+from raydmd.files import replace
 from raydmd.recipe import Recipe
 from raydmd.recipe_io import explain
 from raydmd.training.events import read_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-PATIENCE = 60.0
-"""Seconds that processes of a command that was killed may live on."""
+UNSENT = "unsent.json"
+"""File of a run that MLflow does not have all of: what was to be handed over beside the files that are there anyway."""
 FREE_KEYS = ("monitor", "placement", "tracking", "evaluation", "output")
 """Sections that may differ between a run and its resumption."""
-FREE_DATA = ("cache", "timeout")
+FREE_CHECKPOINTS = ("every", "background", "keep", "keep_every", "best")
+FREE_DATA = ("cache", "timeout", "quarantine")
 FREE_METHOD = ("regression.verify",)
-FREE_TRAINING = ("checkpoint_every", "report_every", "max_failures", "step_timeout", "stall_timeout")
+FREE_TRAINING = (
+    *("report_every", "sample_log"),
+    *("max_failures", "step_timeout", "stall_timeout", "on_stall", "poison_budget"),
+)
 
 
-class Held(InputError):
-    """Another process has the folder."""
+def trained(folder: Path) -> str | None:
+    """Name of the final checkpoint, if training is done.
 
-
-@contextlib.contextmanager
-def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the run's folder, so that the same name never runs twice at once on it.
-
-    Args:
-        folder: of the run; made if it is not there.
-        patience: seconds to wait for another process that holds it.
-
-    Raises:
-        Held: if another process holds it.
-        InputError: if it cannot be made.
+    It is written file by file, so that it is there says little; the worker's last event, written once all of it had
+    arrived, does.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write to output folder {folder}: {error}") from None
-    with file:
-        deadline = time.monotonic() + patience
-        while not _held(file):
-            if time.monotonic() >= deadline:
-                raise Held(f"run '{folder.name}' is in progress in another process ({folder})")
-            time.sleep(0.5)
-        yield
-
-
-def trained(folder: Path) -> Path | None:
-    """The final checkpoint, if training is done.
-
-    Ray Train uploads it file by file, so that it is there says little; the worker's last event, written once all of
-    it had arrived, does.
-    """
-    if not any(e["event"] == "finished" for e in read_lines(folder / "events.jsonl")):
-        return None
-    return next((p.parent for p in (folder / "train").glob("*-final/progress.json")), None)
+    ends = [e for e in read_lines(folder / "events.jsonl") if e["event"] in ("finished", "fallback")]
+    return str(ends[-1]["checkpoint"]) if ends and ends[-1]["event"] == "finished" else None
 
 
 def finished(folder: Path) -> bool:
     """Whether a run has left its results."""
     return (folder / "result.json").is_file()
+
+
+def owe(recipe: Recipe, status: str, figures: Mapping[str, float], artifacts: Sequence[str]) -> dict[str, Any]:
+    """Write down what MLflow is to get of a run, before it is sent: whoever dies over it leaves word.
+
+    Args:
+        recipe: the run.
+        status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        figures: of its last evaluation.
+        artifacts: files that belong to it.
+
+    Returns:
+        What was written down.
+    """
+    step, now = recipe.training.cycles, time.time()
+    what = {"status": status, "figures": dict(figures), "artifacts": list(artifacts), "step": step, "time": now}
+    replace(recipe.folder / UNSENT, json.dumps(what))
+    return what
 
 
 def same_run(recipe: Recipe, folder: Path) -> None:
@@ -101,17 +92,9 @@ def same_run(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _held(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _free(key: str) -> bool:
     section, _, rest = key.partition(".")
-    within = {"method": FREE_METHOD, "training": FREE_TRAINING, "data": FREE_DATA}
+    within = {"checkpoints": FREE_CHECKPOINTS, "method": FREE_METHOD, "training": FREE_TRAINING, "data": FREE_DATA}
     return section in FREE_KEYS or rest in within.get(section, ())
 
 

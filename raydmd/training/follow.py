@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -14,10 +13,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raydmd.training.events import read_from
+from raydmd.redact import hidden
+from raydmd.training.events import METRICS, EventLog, append, read_from
 from raydmd.training.monitor import RAISED
+from raydmd.training.ranks import over_ranks
+from raydmd.training.restarts import COMMITTED
 from raydmd.training.students import EVALUATIONS
-from raydmd.training.tracked import METRICS, track_evaluation
+from raydmd.training.tracked import track_evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,14 +32,17 @@ if TYPE_CHECKING:
 
 
 class MetricsFile(RayUserCallback):
-    """Appends every report to ``metrics.jsonl``; runs in Ray Train's controller, beside the driver.
+    """Appends every report to ``metrics.jsonl``, and an event for each checkpoint that is safe.
+
+    Runs in Ray Train's controller, beside the driver, once the controller has written its books.
 
     Args:
         path: of the file.
+        events: the run's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, events: EventLog) -> None:
+        self._path, self._events = path, events
 
     def after_report(
         self,
@@ -46,11 +51,9 @@ class MetricsFile(RayUserCallback):
         checkpoint: Checkpoint | None,
     ) -> None:
         """Write the mean over ranks of every number; counters are the same on all ranks or add up."""
-        keys = dict.fromkeys(k for m in metrics for k in m)
-        row = {k: _over_ranks(k, [float(m[k]) for m in metrics if k in m]) for k in keys}
-        row["time"] = time.time()
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self._path, over_ranks(metrics) | {"time": time.time()})
+        if checkpoint is not None:
+            self._events.write(COMMITTED, checkpoint=checkpoint.path.rstrip("/").rpartition("/")[2])
 
 
 class Follower:
@@ -121,7 +124,7 @@ class Follower:
             for row in evaluations:
                 track_evaluation(self._tracker, row)
         except Exception as error:  # the rows are kept in the file; the next reading tries again
-            self._console.print(f"tracking: {type(error).__name__}: {error}; will try again")
+            self._console.print(f"tracking: {type(error).__name__}: {hidden(str(error))}; will try again")
             self._offset, self._evaluated = before
             self._done.wait(5.0)
 
@@ -159,7 +162,3 @@ def alarms(row: Mapping[str, float]) -> list[str]:
 def _under(kind: str, pressure: float) -> str:
     """A raised signal; it stays raised until it was well below its limit for a while."""
     return f"{kind} at {pressure:.1f} of its limit" + (", calming down" if pressure < 1 else "")
-
-
-def _over_ranks(name: str, values: list[float]) -> float:
-    return sum(values) if name == "teacher/retries" else sum(values) / len(values)

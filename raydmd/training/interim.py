@@ -6,7 +6,6 @@ Training does not wait for them. Each is a task of its own, one at a time; what 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from ray.exceptions import RayError
 from raydmd.errors import RunFailed
 from raydmd.serving.order import ANYWHERE
 from raydmd.training.checkpoint import cycle_of
-from raydmd.training.events import read_lines
+from raydmd.training.events import append, read_lines
 from raydmd.training.students import EVALUATIONS, STUDENTS
 
 if TYPE_CHECKING:
@@ -101,8 +100,7 @@ class Interim:
             return
         self._done.add(folder.name)
         row = {"cycle": cycle, **figures}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"student": folder.name, "time": time.time(), **row}) + "\n")
+        append(self._file, {"student": folder.name, "time": time.time(), **row})
         shutil.rmtree(folder, ignore_errors=True)
         self._tell(row)
 

@@ -20,7 +20,7 @@ from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import PoolClient
 from raydmd.training.cluster import check_room, connect, lasting, living_nodes
 from raydmd.training.encoding import training_prompts
-from raydmd.training.folder import locked
+from raydmd.training.lock import locked
 from raydmd.training.pools import check_experts, teacher_pool
 from raydmd.training.prepare import quiet
 from raydmd.training.ray_worker import prepare_process

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "manifest-{:05d}.json"
+FIRST = NAME.format(0)
 
 
 def seal(folder: Path, *, rank: int = 0, world: int = 1, stamp: str = "") -> None:
-    """List the files that this rank has put into its folder of a checkpoint; the last thing it writes.
+    """List the files that this rank has put into a checkpoint's folder; the last thing it writes.
 
     Args:
-        folder: of this rank's files.
+        folder: of this rank's files, or of all ranks'.
         rank: of this process.
         world: how many ranks write.
         stamp: of those who write together, and of nobody else: others who died over it may have left files.
     """
-    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and not _is_list(f))
+    own = (f for f in folder.rglob("*") if f.is_file() and not _is_list(f) and _writer(f) == rank)
+    names = sorted(f.relative_to(folder).as_posix() for f in own)
     files = {name: _facts(folder / name) for name in names}
     # Without a line's end: whatever is cut off, it no longer is JSON.
     (folder / NAME.format(rank)).write_text(
@@ -104,6 +107,12 @@ def _facts(path: Path) -> dict[str, Any]:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _writer(path: Path) -> int:
+    """The rank that writes a file of this name: of tensors each rank its own, everything else the first."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return int(found[1]) if found else 0
 
 
 def _is_list(path: Path) -> bool:

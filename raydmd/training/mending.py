@@ -1,55 +1,73 @@
 """Going on from the last whole checkpoint where a run's newest ones, or Ray Train's books on them, are damaged.
 
-Ray Train takes the newest checkpoint that its books name, and none else. So its folder is set aside as it is, and the
-best whole checkpoint in it is put where workers look for one that their run has taken over.
+Ray Train takes the newest checkpoint that its books name, and none else. So the best whole one is put where workers
+look for one that their run has taken over, and Ray Train begins new books under another name; nothing is deleted.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 from raydmd.errors import DamagedCheckpoint, RunFailed
-from raydmd.training.events import EventLog
+from raydmd.training.checkpoint import cycle_of
+from raydmd.training.events import METRICS, EventLog, append, read_lines
 from raydmd.training.folder import trained
 from raydmd.training.manifest import damage
-from raydmd.training.takeover import PARTIAL, TAKEN, link_tree
+from raydmd.training.restarts import COMMITTED
+from raydmd.training.store import PARTIAL, Store, link_tree
+from raydmd.training.takeover import TAKEN, since
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-TRAIN, ASIDE = "train", "aside-{}"
-BOOKS = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints that it keeps."""
+    from raydmd.recipe import Recipe
 
 
-def check_books(folder: Path) -> None:
+def check_books(recipe: Recipe) -> None:
     """See that a run which is to go on can.
 
     Raises:
         DamagedCheckpoint: if the final checkpoint is damaged, or Ray Train could not go by its books.
     """
-    if (final := trained(folder)) is not None:
-        if wrong := damage(final):
-            raise DamagedCheckpoint(f"checkpoint {final.name} is damaged: {wrong}")
-        return
-    books = folder / TRAIN / BOOKS
-    if not books.is_file():
+    store = Store.of(recipe.folder, recipe.checkpoints.storage)
+    if (final := trained(recipe.folder)) is not None:
+        with store.at(final) as files:
+            if wrong := damage(files):
+                raise DamagedCheckpoint(f"checkpoint {final} is damaged: {wrong}")
         return
     try:
-        names = _named(json.loads(books.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        named = names_in(store.books())
+    except (OSError, ValueError, TypeError) as error:
         raise DamagedCheckpoint(f"Ray Train's list of checkpoints can't be read: {error}") from None
-    if gone := sorted(name for name in names if not (folder / TRAIN / name).is_dir()):
+    if gone := sorted(named.difference(store.names())):
         raise DamagedCheckpoint(f"checkpoint {gone[-1]} is gone")
 
 
-def set_aside(folder: Path, why: str) -> str:
+def catch_up(recipe: Recipe) -> None:
+    """Write the row and the event of the newest checkpoint, if its controller died between its books and these.
+
+    Nobody else has them: training goes on behind that checkpoint.
+    """
+    store, log = Store.of(recipe.folder, recipe.checkpoints.storage), recipe.folder / "events.jsonl"
+    newest = store.books().get("latest_checkpoint_result")
+    if not newest:
+        return
+    name, row = newest["checkpoint_dir_name"], {k: v for k, v in newest["metrics"].items() if v is not None}
+    told = [e for e in read_lines(log) if e["event"] in (COMMITTED, "fallback")]
+    last = max((n for n, e in enumerate(told) if e["event"] == "fallback"), default=-1)
+    if any(e["checkpoint"] == name for e in told[last + 1 :]):
+        return
+    append(recipe.folder / METRICS, row | {"time": time.time()})
+    EventLog(log).write(COMMITTED, checkpoint=name)
+
+
+def fall_back(recipe: Recipe, why: str) -> str:
     """Have the next start go by the best whole checkpoint; nothing is deleted.
 
     Args:
-        folder: of a run that this process has locked, and that nobody trains.
+        recipe: of a run whose folder this process has locked, and that nobody trains.
         why: for the event.
 
     Returns:
@@ -58,36 +76,44 @@ def set_aside(folder: Path, why: str) -> str:
     Raises:
         RunFailed: if it has some, and all of them are damaged.
     """
-    if (folder / TRAIN).is_dir():
-        count = 1 + sum(1 for _ in folder.glob(ASIDE.format("*")))
-        (folder / TRAIN).rename(folder / ASIDE.format(count))
-    places = [*folder.glob(f"{ASIDE.format('*')}/cycle-*"), *(folder / TAKEN).glob("cycle-*")]
-    found = sorted((f for f in places if f.suffix != PARTIAL), key=lambda f: f.name, reverse=True)
-    for best in found:
-        if wrong := damage(best):
-            print(f"checkpoint {best} is damaged: {wrong}", flush=True)
-            continue
-        if best.parent.name != TAKEN:
-            shutil.rmtree(folder / TAKEN, ignore_errors=True)
-            partial = (folder / TAKEN / best.name).with_suffix(PARTIAL)
-            link_tree(best, partial)
-            partial.rename(folder / TAKEN / best.name)
-        EventLog(folder / "events.jsonl").write("fallback", checkpoint=best.name, message=why)
-        return best.name
-    if found:
+    folder, store = recipe.folder, Store.of(recipe.folder, recipe.checkpoints.storage)
+    events = EventLog(folder / "events.jsonl")
+    took = [(f.name, TAKEN) for f in (folder / TAKEN).glob("cycle-*") if f.suffix != PARTIAL]
+    found = sorted([*took, *own(folder, store)], reverse=True)
+    for name, place in found:
+        if place == TAKEN:
+            wrong = damage(folder / TAKEN / name)
+        else:
+            with store.at(name, place) as files:
+                if not (wrong := damage(files)):
+                    shutil.rmtree(folder / TAKEN, ignore_errors=True)
+                    partial = (folder / TAKEN / name).with_suffix(PARTIAL)
+                    link_tree(files, partial)
+                    partial.rename(folder / TAKEN / name)
+        if not wrong:
+            events.write("fallback", checkpoint=name, message=why)
+            return name
+        print(f"checkpoint {store.path(name, place)} is damaged: {wrong}", flush=True)
+    if found or since(folder) >= 0:
         raise RunFailed(
             f"run '{folder.name}': {why}, and none of its {len(found)} checkpoints is whole. They are kept in "
-            f"{folder}; give another --name to begin anew"
+            f"{store.root}; give another --name to begin anew"
         )
-    EventLog(folder / "events.jsonl").write("fallback", checkpoint="", message=why)
+    events.write("fallback", checkpoint="", message=why)
     return ""
 
 
-def _named(tree: Any) -> set[str]:
+def own(folder: Path, store: Store) -> list[tuple[str, str]]:
+    """Names and places of the checkpoints that a run has written, since it took another's state over if it did."""
+    begun = since(folder)
+    return [(n, place) for place in store.places() for n in store.names(place) if cycle_of(n) > begun]
+
+
+def names_in(books: Any) -> set[str]:
     """All checkpoints that Ray Train's list names, wherever in it."""
-    if isinstance(tree, dict):
-        own = {v for k, v in tree.items() if k == "checkpoint_dir_name" and isinstance(v, str)}
-        return own.union(*(_named(v) for v in tree.values()))
-    if isinstance(tree, list):
-        return set[str]().union(*(_named(v) for v in tree))
+    if isinstance(books, dict):
+        own = {v for k, v in books.items() if k == "checkpoint_dir_name" and isinstance(v, str)}
+        return own.union(*(names_in(v) for v in books.values()))
+    if isinstance(books, list):
+        return set[str]().union(*(names_in(v) for v in books))
     return set()

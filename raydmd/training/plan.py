@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raydmd.recipe import Training
+    from raydmd.recipe_training import Training
 
 
 @dataclass(frozen=True)

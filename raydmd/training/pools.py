@@ -82,6 +82,7 @@ def reward_pool(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Pool:
         copies=p.rewards,
         cpus=p.reward_cpus,
         gpus=p.reward_gpus,
+        resources=p.reward_resources,
         threads=p.threads,
         batch_items=p.batch_items,
         batch_wait=p.batch_wait,

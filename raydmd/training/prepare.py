@@ -19,6 +19,8 @@ from raydmd.training.encoding import training_prompts
 from raydmd.training.folder import trained
 from raydmd.training.pairing import check_pairs
 from raydmd.training.pools import check_experts
+from raydmd.training.retention import check_best
+from raydmd.training.store import check_storage
 
 if TYPE_CHECKING:
     from raydmd.models.family import Family
@@ -57,7 +59,10 @@ def prepare(recipe: Recipe) -> Prepared:
     for note in [*family.notes(recipe.method), *size_notes(family, recipe)]:
         print(f"note: {note}")
     check_instruments(recipe.evaluation)
+    check_best(recipe)
+    check_storage(recipe.checkpoints.storage)
     prompts = training_prompts(recipe, family)
+    check_quarantine(recipe, len(prompts))
     source = inspect(recipe.method.gan, family.shape()) if recipe.method.gan else None
     if not trained(recipe.folder):
         check_pairs(recipe, family)
@@ -81,6 +86,19 @@ def check_method(recipe: Recipe, family: Family) -> None:
     for phase in method.phases:
         asked = method.asks(phase, family.routing())
         check_experts(recipe.placement, f"phase {phase.index + 1}", asked, family.routing())
+
+
+def check_quarantine(recipe: Recipe, prompts: int) -> None:
+    """See that the prompts to leave out are there, and that others are left.
+
+    Raises:
+        InputError: if not.
+    """
+    without = set(recipe.data.quarantine)
+    if absent := sorted(number for number in without if number > prompts):
+        raise InputError(f"data.quarantine: there is no prompt {absent[0]}, the last one is {prompts}")
+    if len(without) == prompts:
+        raise InputError(f"data.quarantine leaves out all of {prompts} prompts; there is nothing left to train on")
 
 
 def quiet() -> None:

@@ -133,13 +133,16 @@ class TrainedRole:
         torch.autograd.backward(loss)
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if not math.isfinite(norm):
+        every = loss.detach().clone()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(every)
+        if not (math.isfinite(norm) and math.isfinite(every)):
             # Averaging over ranks has spread the bad value to all of them: all of them raise.
             self.optimizer.zero_grad(set_to_none=True)
+            what = f"loss is {float(every)}" if math.isfinite(norm) else f"gradient is {norm}"
             raise NonFiniteError(
-                f"the {self.name}'s gradient is {norm} in {where} (loss here {float(loss.detach()):g}); no parameter "
-                f"moved. Start anew under another --name with a lower training.{self.name}.rate or a higher "
-                "method.normaliser_floor"
+                f"the {self.name}'s {what} in {where}; no parameter moved. Start anew under another --name with a "
+                f"lower training.{self.name}.rate or a higher method.normaliser_floor"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,6 +178,11 @@ class TrainedRole:
         found |= {f"{self.name}.average.{n}": v for n, v in self.average.items()}
         return found | {f"{self.name}.updates": self.updates}
 
+    def written(self) -> int:
+        """Bytes that :meth:`write` writes, about."""
+        each = (p for d in self.denoisers.values() for p in own_parameters(d).values())
+        return sum(p.numel() * p.element_size() for p in each)
+
     def write(self, folder: Path, *, rank: int, average: bool = False) -> None:
         """Gather what trains of every expert, and write it on rank 0: a safetensors file for each.
 
@@ -184,6 +192,7 @@ class TrainedRole:
             average: the moving average, where there is one, in place of what trains.
         """
         self.reshard()
+        error: Exception | None = None
         for expert, denoiser in self.denoisers.items():
             found = {}
             for name, own in own_parameters(denoiser).items():
@@ -191,9 +200,14 @@ class TrainedRole:
                 whole = p.full_tensor() if isinstance(p, DTensor) else p
                 if rank == 0:
                     found[name] = whole.detach().cpu().contiguous()
-            if rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file(found, folder / f"{expert}.safetensors")
+            if rank == 0 and error is None:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file(found, folder / f"{expert}.safetensors")
+                except Exception as e:  # of any kind; the others still gather
+                    error = e
+        if error is not None:
+            raise error
 
     def _kept_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for expert in self._kept:

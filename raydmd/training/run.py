@@ -20,26 +20,34 @@ import torch
 from raydmd import __version__
 from raydmd.data.real import prepare as prepare_real
 from raydmd.errors import DONE, DamagedCheckpoint, RunFailed, RunStopped
+from raydmd.files import replace
 from raydmd.models.sizes import training_latents
+from raydmd.redact import hidden
 from raydmd.serving.order import ANYWHERE
 from raydmd.tracking.tracker import Tracker
+from raydmd.training.attempts import attempts
 from raydmd.training.clips import at_pool
-from raydmd.training.cluster import check_room, connect, living_nodes
+from raydmd.training.cluster import check_room, connect, living_nodes, wait_briefly
 from raydmd.training.encoding import encode
-from raydmd.training.events import read_lines
-from raydmd.training.folder import finished, locked, same_run, trained
+from raydmd.training.events import METRICS, EventLog, read_lines
+from raydmd.training.folder import UNSENT, finished, same_run, trained
 from raydmd.training.follow import Follower, MetricsFile
+from raydmd.training.groups import Reserved
 from raydmd.training.interim import Interim
-from raydmd.training.mending import ASIDE, check_books, set_aside
+from raydmd.training.lock import LeaseLost, check_held, locked
+from raydmd.training.mending import check_books, fall_back
 from raydmd.training.pairing import check_pairs
 from raydmd.training.pools import reward_pool, sampler_pool, teacher_pool
 from raydmd.training.prepare import Prepared, prepare
-from raydmd.training.ray_worker import COLLECTIVE, WorkerConfig, train_loop
-from raydmd.training.stopping import fit, stop_on_signals
-from raydmd.training.tracked import METRICS, hand_over
+from raydmd.training.ranks import patience
+from raydmd.training.ray_worker import WorkerConfig, train_loop
+from raydmd.training.retention import Retention, retain
+from raydmd.training.stopping import stop_on_signals
+from raydmd.training.store import Store
+from raydmd.training.tracked import hand_over, send
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from raydmd.models.family import Family
     from raydmd.recipe import Recipe
@@ -51,11 +59,13 @@ class Surroundings:
     """What a run is part of.
 
     Attributes:
+        holder: of the lease that its folder is held by; empty if by none.
         tags: of its MLflow run.
         tracked: whether the tracking server was seen; it is then no reason to refuse a run that it is away.
         tell: is called with the figures of each evaluation while it trains, and of the last one.
     """
 
+    holder: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     tracked: bool = False
     tell: Callable[[dict[str, float]], None] = lambda _: None
@@ -78,22 +88,35 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
     """
     prepared = prepare(recipe)
     recipe, folder = prepared.recipe, prepared.recipe.folder
-    with locked(folder):
+    with locked(folder) as hold:
         if finished(folder):
+            if (folder / UNSENT).is_file():
+                sent(folder)
             print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
             return DONE
         same_run(recipe, folder)
         print(f"run '{recipe.name}' in {folder}: starting", flush=True)
+        if hold.before:
+            EventLog(folder / "events.jsonl").write("lock", before=hold.before)
         stop = folder / "STOP"
         stop.unlink(missing_ok=True)
         try:
             with stop_on_signals(stop):
                 connect()
             with stop_on_signals(stop):  # anew, since Ray takes SIGTERM for itself as it starts
-                conduct(prepared, stop, max_cycles=max_cycles)
+                conduct(prepared, stop, max_cycles=max_cycles, surroundings=Surroundings(hold.token))
         finally:
             ray.shutdown()
     return DONE
+
+
+def sent(folder: Path) -> None:
+    """Hand over to MLflow what a finished run owes it, and say so; a server that is away is no failure of the run."""
+    try:
+        send(folder)
+        print(f"tracking: MLflow has all of {folder} now", flush=True)
+    except RunFailed as error:
+        print(f"tracking: {error}; raydmd track {folder} sends it", flush=True)
 
 
 def conduct(
@@ -115,11 +138,11 @@ def conduct(
     folder = recipe.folder
     check_room(recipe, living_nodes())
     try:
-        check_books(folder)
+        check_books(recipe)
     except DamagedCheckpoint as error:
-        go_back(folder, error)
+        go_back(recipe, error)
     paired = None if trained(folder) else check_pairs(recipe, family)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    replace(folder / "recipe.yaml", recipe.to_yaml())
     tracker = Tracker(recipe, {**versions(), **about(recipe, family), **around.tags})
     if not around.tracked:
         tracker.connect()
@@ -142,15 +165,17 @@ def conduct(
             while checkpoint is None:
                 try:
                     checkpoint = train(
-                        recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, real, pairs
+                        recipe, family, pool, interim, conditions, prompts, tracker, max_cycles, around, real, pairs
                     )
                 except DamagedCheckpoint as error:
-                    go_back(folder, error)
+                    go_back(recipe, error)
             if pool and not asked:
                 pool.close()  # its place is needed
             figures, artifacts = finish(recipe, checkpoint, prompts, stop, pool if asked else None, started=start)
         hand_over(recipe, tracker, "FINISHED", figures, artifacts)
         around.tell({"cycle": float(recipe.training.cycles), **figures})
+    except LeaseLost:  # its tracking is somebody else's, too
+        raise
     except RunStopped:
         hand_over(recipe, tracker, "KILLED")
         raise
@@ -159,15 +184,14 @@ def conduct(
         raise
 
 
-def go_back(folder: Path, error: DamagedCheckpoint) -> None:
+def go_back(recipe: Recipe, error: DamagedCheckpoint) -> None:
     """Have a run go on from its last whole checkpoint, and say so.
 
     Raises:
         RunFailed: if it has none.
     """
-    name = set_aside(folder, str(error))
     print(
-        f"{error}; going on from {name or 'the beginning'}. What was there is in {folder / ASIDE.format('*')}",
+        f"{hidden(str(error))}; going on from {fall_back(recipe, str(error)) or 'the beginning'}; what is there stays",
         flush=True,
     )
 
@@ -181,11 +205,14 @@ def train(
     prompts: list[str],
     tracker: Tracker,
     stop_at: int | None,
+    around: Surroundings,
     real: Path | None = None,
     pairs: Path | None = None,
-) -> Path:
-    """Run the workers to the end; returns the final checkpoint's folder."""
+) -> str:
+    """Run the workers to the end; returns the final checkpoint's name."""
     folder, p, t = recipe.folder, recipe.placement, recipe.training
+    events = folder / "events.jsonl"
+    store = Store.of(folder, recipe.checkpoints.storage)
     with contextlib.ExitStack() as stack:
         asks_judges = recipe.method.adapt and p.reward == "remote"
         judges = stack.enter_context(reward_pool(recipe, family, prompts)) if asks_judges else None
@@ -198,52 +225,75 @@ def train(
             pool=pool.client_spec() if pool else None,
             rewards=judges.client_spec() if judges else None,
             samplers=samplers.client_spec() if samplers else None,
-            prompts=() if judges or not recipe.method.adapt else tuple(prompts),
+            prompts=tuple(prompts),
             real=str(real) if real else None,
             pairs=str(pairs) if pairs else None,
             stop_at=stop_at,
             folder=str(folder),
+            holder=around.holder,
+            store=store,
         )
         resources = {"CPU": p.worker_cpus, **p.worker_resources} | ({"GPU": p.worker_gpus} if p.worker_gpus else {})
-        trainer = ray.train.torch.TorchTrainer(
-            train_loop,  # type: ignore[arg-type]  # Ray Train types a config's values, not its keys
-            train_loop_config={"worker": config},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=p.workers, use_gpu=p.worker_gpus > 0, resources_per_worker=resources
-            ),
-            torch_config=ray.train.torch.TorchConfig(
-                backend="nccl" if p.worker_gpus else "gloo",
-                timeout_s=int(t.step_timeout) + COLLECTIVE,
-            ),
-            run_config=ray.train.RunConfig(
-                name="train",
-                storage_path=str(folder),
-                failure_config=ray.train.FailureConfig(
-                    max_failures=t.max_failures,
-                    controller_failure_limit=t.max_failures,  # type: ignore[call-arg]  # typed as v1
+
+        wait_briefly(recipe)
+
+        def trainer() -> ray.train.torch.TorchTrainer:
+            return ray.train.torch.TorchTrainer(
+                train_loop,  # type: ignore[arg-type]  # Ray Train types a config's values, not its keys
+                train_loop_config={"worker": config},
+                scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as v1
+                    num_workers=(p.workers_least, p.workers) if p.workers_least else p.workers,  # type: ignore[arg-type]
+                    elastic_resize_monitor_interval_s=p.resize_every,
+                    use_gpu=p.worker_gpus > 0,
+                    resources_per_worker=resources,
                 ),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoints_kept),
-                callbacks=[MetricsFile(folder / METRICS)],  # type: ignore[list-item]  # typed as Tune's
-            ),
-        )
-        events = folder / "events.jsonl"
+                torch_config=ray.train.torch.TorchConfig(
+                    backend="nccl" if p.worker_gpus else "gloo",
+                    timeout_s=int(patience(t.step_timeout).total_seconds()),
+                ),
+                run_config=ray.train.RunConfig(
+                    name=store.experiment,
+                    storage_path=store.root,
+                    storage_filesystem=store.files,
+                    failure_config=ray.train.FailureConfig(
+                        max_failures=0,  # what follows a failure is decided by attempts
+                        controller_failure_limit=0,  # type: ignore[call-arg]  # typed as v1
+                    ),
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoints_kept),
+                    callbacks=[  # typed as Tune's
+                        MetricsFile(folder / METRICS, EventLog(events)),  # type: ignore[list-item]
+                        Retention(recipe, store),  # type: ignore[list-item]
+                        Reserved(folder),  # type: ignore[list-item]
+                    ],
+                ),
+            )
+
         seen = sum(1 for _ in read_lines(events))
         follower = stack.enter_context(Follower(folder, recipe, tracker))
-        try:
-            result = fit(trainer, [p for p in (pool, judges, samplers) if p], interim.look)
-        except ray.train.TrainingFailedError as error:
-            raise RunFailed(
-                f"run '{recipe.name}' failed after {t.max_failures} restarts: {_root(error)}\n"
-                f"Its last checkpoint is kept; the same command resumes. Log: {events}"
-            ) from error
+        pools = [p for p in (pool, judges, samplers) if p]
+
+        def meanwhile() -> None:
+            interim.look()
+            note(pools, events)
+
+        attempts(recipe, trainer, pools, meanwhile)
+        check_held(folder, around.holder)
         if not (folder / "STOP").exists():  # what is under way is measured when the run goes on
             interim.finish()
+        retain(recipe, store)
         follower.close()
         news = list(read_lines(events))[seen:]
-    return outcome(recipe, news, result)
+    return outcome(recipe, news)
 
 
-def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result) -> Path:
+def note(pools: Sequence[Pool], events: Path) -> None:
+    """Write into a run's log which replicas of its pools came to harm, and which are back."""
+    for pool in pools:
+        for news in pool.news():
+            EventLog(events).write("replica", replica=news.replica, state=news.state, why=news.why)
+
+
+def outcome(recipe: Recipe, news: list[dict[str, Any]]) -> str:
     """What the workers' last words mean: a final checkpoint, a stop, or a failure that no restart cures."""
     last = next((e for e in reversed(news) if e["event"] in ("finished", "stopped", "failed", "damaged")), None)
     if last is None:
@@ -257,13 +307,11 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]], result: ray.train.Result
         if last["alarm"]:
             by, how = f" by its monitor: {last['alarm']}", f"{how}, as do other settings of monitor"
         raise RunStopped(f"run '{recipe.name}' stopped after {last['cycle']} cycles with a checkpoint{by}; {how}")
-    if result.checkpoint is None:
-        raise RunFailed(f"run '{recipe.name}' finished but its final checkpoint is not in {recipe.folder}")
-    return Path(result.checkpoint.path)
+    return str(last["checkpoint"])
 
 
 def finish(
-    recipe: Recipe, checkpoint: Path, prompts: list[str], stop: Path, pool: Pool | None, *, started: float
+    recipe: Recipe, checkpoint: str, prompts: list[str], stop: Path, pool: Pool | None, *, started: float
 ) -> tuple[dict[str, float], list[Path]]:
     """Export and evaluate in a process of its own: in a worker's place beside the pool, or else in a teacher's."""
     from raydmd.training.finish import finish_run
@@ -280,7 +328,7 @@ def finish(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "training": f"{time.monotonic() - started:.0f} s wall time, start included",
     }
-    reference = task.remote(recipe, str(checkpoint), prompts, facts, pool.client_spec() if pool else None)
+    reference = task.remote(recipe, checkpoint, prompts, facts, pool.client_spec() if pool else None)
     print("exporting and evaluating ...", flush=True)
     figures, artifacts, table = awaited(reference, recipe, stop, pool, "the report")
     print(table)
@@ -299,6 +347,7 @@ def awaited(reference: Any, recipe: Recipe, stop: Path, pool: Pool | None, what:
     while not ray.wait([reference], timeout=1.0)[0]:
         if pool:
             pool.loaded(enough=1)
+            note([pool], recipe.folder / "events.jsonl")
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' is trained, {what} is missing; the same command makes it")
         if time.monotonic() > deadline:
@@ -343,9 +392,3 @@ def versions() -> dict[str, str]:
         )
         found["git"] = out.stdout.strip()
     return found
-
-
-def _root(error: BaseException) -> str:
-    """The innermost error's own line, without a traceback."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

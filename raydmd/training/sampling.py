@@ -97,7 +97,8 @@ class SamplerEngine(Engine):
             experts, cond, draws.on(self._device), phase, tuple(noise.shape[1:]), grad=False, noise=noise
         )
         if not (sample.x.isfinite().all() and sample.x0.isfinite().all()):
-            raise NonFiniteError(f"request {request.name!r}: the student's sample is not finite")
+            bad = (~(sample.x.isfinite() & sample.x0.isfinite()).flatten(1).all(1)).nonzero().flatten().tolist()
+            raise NonFiniteError(f"request {request.name!r}: the student's samples {bad} are not finite")
         return Answer(value=sample.x.to(request.x_t.device), uncond=sample.x0.to(request.x_t.device))
 
     def _follow(self, version: int) -> None:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from raydmd.training.checkpoint import cycle_of
+from raydmd.training.store import check_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from raydmd.models.tokens import TokenGroup
+    from raydmd.training.checkpoint import Writing
+    from raydmd.training.preemption import Notice
 
 Fits = Callable[[int], bool]
 
@@ -38,8 +41,28 @@ class Session(ABC):
         return self.rank // size, self.world // size
 
     @abstractmethod
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:
-        """Hand over metrics, and with ``checkpoint`` this rank's files of checkpoint ``name``. All ranks call it."""
+    def begin(self, name: str, size: int) -> Path:
+        """An empty folder for this rank's files of a checkpoint, once the one before is there.
+
+        It may be that of all ranks: none may write into it before all have asked.
+
+        Args:
+            name: of the checkpoint.
+            size: bytes of all ranks' files, about.
+
+        Raises:
+            RunFailed: if there is no room for it.
+        """
+
+    @abstractmethod
+    def report(self, metrics: Mapping[str, float], writing: Writing | None = None, *, background: bool = False) -> None:
+        """Hand over metrics, and a checkpoint in the folder that :meth:`begin` gave. All ranks call it.
+
+        Args:
+            metrics: of this rank.
+            writing: the checkpoint.
+            background: do not wait for it.
+        """
 
     @abstractmethod
     def latest(self, fits: Fits | None = None) -> contextlib.AbstractContextManager[Path | None]:
@@ -48,6 +71,18 @@ class Session(ABC):
         Args:
             fits: whether one after so many cycles will do; default: any.
         """
+
+    def held(self) -> None:
+        """See that the run is still this group's: what would write for it asks before.
+
+        Raises:
+            LeaseLost: if another has taken it over.
+        """
+        return
+
+    def notice(self) -> Notice | None:
+        """That nodes of this run will be taken away, if it is known; all ranks ask at the same place."""
+        return None
 
 
 class FolderSession(Session):
@@ -64,15 +99,21 @@ class FolderSession(Session):
         self.folder = folder
         self.reports: list[dict[str, float]] = []
 
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None, name: str | None = None) -> None:
+    def begin(self, name: str, size: int) -> Path:
         """See :class:`Session`."""
+        check_space(name, size, self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.folder, prefix=".partial-"))
+
+    def report(self, metrics: Mapping[str, float], writing: Writing | None = None, *, background: bool = False) -> None:
+        """See :class:`Session`; nothing is done in the background."""
         self.reports.append(dict(metrics))
-        if checkpoint is not None and name is not None:
-            partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=".partial-"))
-            shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
-            target = self.folder / name
+        if writing is not None:
+            writing.complete()
+            target = self.folder / writing.name
             shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            writing.folder.rename(target)
+            writing.done()
 
     @contextlib.contextmanager
     def latest(self, fits: Fits | None = None) -> Iterator[Path | None]:

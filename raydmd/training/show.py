@@ -17,9 +17,11 @@ from raydmd.models.base import Conditions
 from raydmd.process import step_grid
 from raydmd.recipe import Recipe, load
 from raydmd.sampling import sample
+from raydmd.training.checkpoint import STUDENT
 from raydmd.training.encoding import training_prompts
 from raydmd.training.export import load_student, lower, solver, student_experts
 from raydmd.training.folder import trained
+from raydmd.training.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +72,8 @@ def show(folder: Path, prompts: Sequence[str], *, count: int, seeds: Sequence[in
     texts = list(prompts) or training_prompts(recipe, family)[:count]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = Conditions.read(family.encode(texts, run / "conditions")).to(device)
-    denoisers = load_student(recipe, family, checkpoint)
+    with Store.of(run, recipe.checkpoints.storage).at(checkpoint, only=STUDENT) as files:
+        denoisers = load_student(recipe, family, files)
     student = student_experts(recipe, family, denoisers)
     lower(recipe, denoisers, device)
     for denoiser in denoisers.values():

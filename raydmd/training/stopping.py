@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-    import ray.train
     from ray.train.torch import TorchTrainer
 
     from raydmd.serving.pool import Pool
@@ -58,7 +57,7 @@ def stop_on_signals(stop: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def fit(trainer: TorchTrainer, pools: Sequence[Pool], meanwhile: Callable[[], None]) -> ray.train.Result:
+def fit(trainer: TorchTrainer, pools: Sequence[Pool], meanwhile: Callable[[], None]) -> None:
     """Run the trainer in a thread of its own: in the main one Ray takes Ctrl-C for itself and aborts the run.
 
     Args:
@@ -69,11 +68,12 @@ def fit(trainer: TorchTrainer, pools: Sequence[Pool], meanwhile: Callable[[], No
     Raises:
         PoolError: if a pool does not load; the caller ends what the trainer has started.
     """
-    done: Future[ray.train.Result] = Future()
+    done: Future[None] = Future()
 
     def work() -> None:
         try:
-            done.set_result(trainer.fit())
+            trainer.fit()
+            done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 
@@ -82,4 +82,4 @@ def fit(trainer: TorchTrainer, pools: Sequence[Pool], meanwhile: Callable[[], No
         for pool in pools:
             pool.loaded(enough=1)  # training goes on with what there is
         meanwhile()
-    return done.result()
+    done.result()

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from raydmd.draws import Draws, shuffled
+from raydmd.training.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
     from raydmd.models.base import Conditions
     from raydmd.models.sizes import Latent
+    from raydmd.training.sample_log import SampleLog
 
 
 APART = 1 << 40
 """Positions between those of updates that only some runs have: more than any run comes to."""
+ANEW = 1 << 56
+"""Positions between a sample's noise and that of the same sample drawn anew: more than all updates of all runs have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +31,14 @@ class Batch:
     """One rank's share of an update's samples.
 
     Attributes:
+        positions: of the samples in the stream.
         draws: their random numbers.
         conditions: row in the condition table per sample.
         cond: those rows on the worker's device.
         latent: shape of one latent of this update's, the same on all ranks.
     """
 
+    positions: tuple[int, ...]
     draws: Draws
     conditions: tuple[int, ...]
     cond: Conditions
@@ -57,6 +63,8 @@ class Stream:
         world: how many there are; divides ``batch``.
         group: samples in a row that share a prompt.
         device: where conditions and noise go.
+        log: of what each update gets, if that is kept.
+        quarantine: prompts that are never drawn, and samples that are drawn anew.
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class Stream:
         world: int,
         group: int = 1,
         device: torch.device,
+        log: SampleLog | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._conditions = conditions
         self._latents = dict(latents)
@@ -81,6 +91,8 @@ class Stream:
         self._regular = len(slots) if regular is None else regular
         self._share = range(rank * (batch // world), (rank + 1) * (batch // world))
         self._device = device
+        self._log = log
+        self._quarantine = quarantine or Quarantine()
         self._order: tuple[int, list[int]] = (-1, [])
 
     def batch(self, cycle: int, slot: str) -> Batch:
@@ -92,9 +104,11 @@ class Stream:
             start = (place - self._regular + 1) * APART + cycle * self._batch
         positions = tuple(start + i for i in self._share)
         rows = tuple(self._prompt(p) for p in positions)
-        draws = Draws(self._seed, f"{cycle}/{slot}", positions, self._device)
+        numbers = tuple(p + self._level(p) * ANEW for p in positions)
+        witness = self._log.update(cycle, slot, numbers, rows) if self._log else None
+        draws = Draws(self._seed, f"{cycle}/{slot}", numbers, self._device, witness)
         cond = self._conditions.rows(rows).to(self._device)
-        return Batch(draws=draws, conditions=rows, cond=cond, latent=self._latent(draws))
+        return Batch(positions=positions, draws=draws, conditions=rows, cond=cond, latent=self._latent(draws))
 
     def _latent(self, draws: Draws) -> Latent:
         """The shape of an update's latents: of its cycle and slot alone, so of no rank, world or past."""
@@ -102,9 +116,18 @@ class Stream:
         place = bisect_right(ends, draws.shared("size") * ends[-1])
         return shapes[min(place, len(shapes) - 1)]  # where a product is rounded up to the end
 
+    def _level(self, position: int) -> int:
+        return self._quarantine.level(self._seed, position)
+
     def _prompt(self, position: int) -> int:
-        prompts = len(self._conditions) - 1
-        epoch, place = divmod(position // self._group, prompts)
+        """The row of a sample's prompt; of a group whose samples were drawn anew, and of one left out, a later one."""
+        prompts, group = len(self._conditions) - 1, position // self._group
+        epoch, place = divmod(group, prompts)
         if self._order[0] != epoch:
             self._order = (epoch, shuffled(self._seed, epoch, prompts))
-        return 1 + self._order[1][place]
+        order, without = self._order[1], self._quarantine.prompts
+        on = max(self._level(group * self._group + i) for i in range(self._group))
+        if not on and 1 + order[place] not in without:
+            return 1 + order[place]
+        allowed = [1 + row for row in (*order[place:], *order[:place]) if 1 + row not in without]
+        return allowed[on % len(allowed)]

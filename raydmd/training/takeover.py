@@ -8,17 +8,18 @@ is there: a takeover that was interrupted is done again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raydmd.errors import RunFailed
+from raydmd.files import replace
 from raydmd.training.checkpoint import PROGRESS, cycle_of, name_of, read_progress
 from raydmd.training.events import EventLog, read_lines
-from raydmd.training.folder import PATIENCE, locked
+from raydmd.training.lock import PATIENCE, locked
 from raydmd.training.manifest import reseal
+from raydmd.training.store import PARTIAL, Store, link_tree
 from raydmd.training.students import STUDENTS
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 TAKEN = "taken"
 """Folder of a run with the checkpoint that it took over."""
-PARTIAL = ".partial"
 EVENTS = "events.jsonl"
 LEG, EXPLOIT = "leg", "exploit"
 
@@ -54,19 +54,21 @@ def take_over(recipe: Recipe, donor: Path, *, cycle: int, changes: Mapping[str, 
     with locked(folder, patience=PATIENCE):
         if happened(folder, EXPLOIT, cycle):
             return False
-        source, target = checkpoint_at(donor, cycle), folder / TAKEN / name_of(cycle)
+        store, target = Store.of(donor, recipe.checkpoints.storage), folder / TAKEN / name_of(cycle)
+        source = checkpoint_at(store, cycle)
         try:
             shutil.rmtree(folder / TAKEN, ignore_errors=True)  # of an earlier takeover, or of one that was interrupted
             shutil.rmtree(folder / STUDENTS, ignore_errors=True)  # one not measured yet is no longer this run's
             partial = target.with_suffix(PARTIAL)
-            link_tree(source, partial)
+            with store.at(source) as files:
+                link_tree(files, partial)
             _adopt(partial / PROGRESS, recipe)
             reseal(partial, PROGRESS)
             partial.rename(target)
-            _replace(folder / "recipe.yaml", recipe.to_yaml())
+            replace(folder / "recipe.yaml", recipe.to_yaml())
         except OSError as error:
             raise RunFailed(
-                f"run '{recipe.name}' can't take over {source}: {error}; the same command tries again"
+                f"run '{recipe.name}' can't take over {store.path(source)}: {error}; the same command tries again"
             ) from error
         EventLog(folder / EVENTS).write(EXPLOIT, cycle=cycle, donor=donor.name, changes=dict(changes))
     return True
@@ -107,40 +109,26 @@ def release(folder: Path) -> None:
     shutil.rmtree(folder / TAKEN, ignore_errors=True)
 
 
+def since(folder: Path) -> int:
+    """The cycle at which a run last took another's state over; -1 if it never did. Its own before are not its past."""
+    return max((int(e["cycle"]) for e in read_lines(folder / EVENTS) if e["event"] == EXPLOIT), default=-1)
+
+
 def happened(folder: Path, event: str, cycle: int) -> bool:
     """Whether a run's log has this event at this cycle."""
     return any(e["event"] == event and e["cycle"] == cycle for e in read_lines(folder / EVENTS))
 
 
-def checkpoint_at(folder: Path, cycle: int) -> Path:
-    """The checkpoint that a run's leg has left.
+def checkpoint_at(store: Store, cycle: int) -> str:
+    """Name of the checkpoint that a run's leg has left in its store.
 
     Raises:
         RunFailed: if it is not there.
     """
-    places = (*(folder / "train").glob("cycle-*"), *folder.glob("cycle-*"))
-    found = [f for f in places if cycle_of(f.name) == cycle and (f / PROGRESS).is_file()]
+    found = [name for name in store.names() if cycle_of(name) == cycle]
     if not found:
-        raise RunFailed(f"run '{folder.name}' has no checkpoint of cycle {cycle} in {folder}: do all nodes share it?")
-    return max(found, key=lambda f: f.name)
-
-
-def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder's files, by hard links where the file system has them: checkpoints are never written to again.
-
-    Raises:
-        OSError: if a file can't be copied.
-    """
-    target.mkdir(parents=True)
-    for file in sorted(source.rglob("*")):
-        copy = target / file.relative_to(source)
-        if file.is_dir():
-            copy.mkdir(exist_ok=True)
-            continue
-        try:
-            os.link(file, copy)
-        except OSError:  # another file system, or one without links; a full disk is met again here
-            shutil.copy2(file, copy)
+        raise RunFailed(f"there is no checkpoint of cycle {cycle} in {store.path('')}: do all nodes share it?")
+    return max(found)
 
 
 def _adopt(file: Path, recipe: Recipe) -> None:
@@ -149,14 +137,4 @@ def _adopt(file: Path, recipe: Recipe) -> None:
     measures, now = progress["monitor"]["measures"], recipe.training.fake_updates
     raised = measures["fake_updates"] != yaml.safe_load(progress["recipe"])["training"]["fake_updates"]
     measures["fake_updates"] = max(now, measures["fake_updates"]) if raised else now
-    _replace(file, json.dumps(progress, indent=1))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file anew: under its name there is the old one or the new one, and links to the old one keep it."""
-    partial = file.with_name(f".{file.name}{PARTIAL}")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+    replace(file, json.dumps(progress, indent=1))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raydmd.methods.presets import source_expert, student_routing
 from raydmd.models.base import Experts
+from raydmd.models.offload import offloaded
 from raydmd.training.roles import add_adapter, own_parameters, shard
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Tied:
                 raise ValueError(f"the {role} has no adapter, so it cannot be tied")
             for expert, source in sources.items():
                 mine = self._bases[source].beside(None, autocast=precision)
+                mine.keeping = offloaded if training.offload_activations else None
                 add_adapter(mine, lora, seed=recipe.seed, name=f"{role}_{expert}")
                 self._roles[role, expert] = mine
         if tokens:  # with all adapters: peft wraps modules that tokens are gathered behind

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,14 @@ import yaml
 
 from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe
+from raydmd.redact import hidden
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.events import read_lines
+from raydmd.training.events import METRICS, read_lines
+from raydmd.training.folder import UNSENT, owe
 from raydmd.training.students import EVALUATION, EVALUATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-METRICS = "metrics.jsonl"
-UNSENT = "unsent.json"
-"""File of a run that MLflow does not have all of: what was to be handed over beside the files that are there anyway."""
 
 
 def hand_over(
@@ -41,19 +38,12 @@ def hand_over(
         figures: of its last evaluation.
         artifacts: files that belong to it.
     """
-    what = {
-        "status": status,
-        "figures": dict(figures or {}),
-        "artifacts": [str(a) for a in artifacts],
-        "step": recipe.training.cycles,
-        "time": time.time(),
-    }
     try:
-        _write(recipe, tracker, what)
+        _write(recipe, tracker, owe(recipe, status, figures or {}, [str(a) for a in artifacts]))
     except Exception as error:  # whatever the client raises
-        (recipe.folder / UNSENT).write_text(json.dumps(what), encoding="utf-8")
+        why = f"{type(error).__name__}: {hidden(str(error))}"
         print(
-            f"tracking: not all of run '{recipe.name}' has reached MLflow ({type(error).__name__}: {error}); "
+            f"tracking: not all of run '{recipe.name}' has reached MLflow ({why}); "
             f"raydmd track {recipe.folder} sends it",
             flush=True,
         )
@@ -78,7 +68,9 @@ def send(folder: Path) -> bool:
     try:
         _write(recipe, tracker, json.loads((folder / UNSENT).read_text(encoding="utf-8")))
     except Exception as error:  # whatever the client raises
-        raise RunFailed(f"{folder} was not sent to {tracker.uri} ({type(error).__name__}: {error})") from error
+        raise RunFailed(
+            f"{folder} was not sent to {tracker.uri} ({type(error).__name__}: {hidden(str(error))})"
+        ) from error
     return True
 
 

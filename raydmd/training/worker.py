@@ -6,30 +6,32 @@ seed and position, so there is no generator to save.
 
 from __future__ import annotations
 
-import tempfile
-import uuid
+import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydmd.errors import DamagedCheckpoint, RunFailed
+from raydmd.errors import RunFailed
 from raydmd.methods.presets import build_method, student_routing
 from raydmd.models.sizes import training_latents
 from raydmd.training import checkpoint
 from raydmd.training.adversary import build_adversary, make_heads
 from raydmd.training.build import Building
-from raydmd.training.cycle import Actors, ahead, draw, train_cycle, update_fake
+from raydmd.training.cycle import Actors, ahead, draw, learn, train_cycle
 from raydmd.training.machine import usage
-from raydmd.training.manifest import damage, seal
 from raydmd.training.plan import CyclePlan
+from raydmd.training.preemption import Notices
+from raydmd.training.quarantine import Ward
 from raydmd.training.ranks import Ranks
+from raydmd.training.sample_log import SampleLog
+from raydmd.training.saving import Saver
 from raydmd.training.stream import Stream
 from raydmd.training.students import due, write_student
 from raydmd.training.takeover import newer
 from raydmd.training.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -64,6 +66,7 @@ class Job:
         pairing: noise-image pairs, where the method regresses to them.
         tied: the networks that student and fake score share with the teacher, where they do.
         taken: another run's checkpoint that this one goes on from, unless its own are newer.
+        prompts: what the conditions' rows from 1 on encode, for messages.
     """
 
     recipe: Recipe
@@ -75,6 +78,7 @@ class Job:
     pairing: Pairing | None = None
     tied: Tied | None = None
     taken: Path | None = None
+    prompts: Sequence[str] = ()
 
 
 class Worker:
@@ -104,8 +108,11 @@ class Worker:
         self.teacher, self.rewards, self.samplers = teacher, rewards, samplers
         self._doing = doing
         self._ranks = Ranks(session)
-        self._stamp = self._ranks.everyone(uuid.uuid4().hex)[0]  # of what this group of workers writes
+        self._saver = Saver(job.recipe, session, events)
+        self._waited = 0.0  # seconds, for checkpoints, since the last cycle
         self._stop_at, self._stop_file, self._taken = job.stop_at, job.stop_file, job.taken
+        self._notices = Notices(session, self._ranks)
+        self._samples = SampleLog(self.recipe, session, self._saver.stamp)
         training = self.recipe.training
         self.routing: Routing = job.family.routing()
         self.method: Method = build_method(self.recipe.method, self.routing, job.family.process, job.family.prediction)
@@ -119,9 +126,10 @@ class Worker:
         ):
             if wanted and given is None:
                 raise RunFailed(f"method.{part} is on, but the worker was given nothing for it")
+        self.ward = Ward(self.recipe, self._ranks, events, job.prompts, writes=session.rank == 0)
         self.watch = Watch(self.recipe, job.conditions, session)
         self.cycle = 0
-        self._written = False
+        self._final = ""  # name of the last checkpoint
         self._alarm: Alarm | None = None  # one that ends the cycles: a stop or a rollback
         self.student: TrainedRole
         self.fake: TrainedRole
@@ -156,9 +164,9 @@ class Worker:
             if self._stopping():
                 self.events.write("stopped", cycle=self.cycle, alarm=self._alarm and self._alarm.message)
                 return "stopped"
-        if not self._written:
+        if not self._final:
             self._save(student=True)
-        self.events.write("finished", cycle=self.cycle)
+        self.events.write("finished", cycle=self.cycle, checkpoint=self._final)
         return "finished"
 
     def begin(self) -> Actors:
@@ -186,6 +194,8 @@ class Worker:
             self.fake.set_rate(factor)
             self._doing(f"cycle {self.cycle + 1}")
             metrics = train_cycle(actors, self.cycle)
+            self._samples.write()
+            metrics["time/checkpoint"], self._waited = self._waited, 0.0
             self.cycle += 1
             self._alarm = self._heed(self.watch.look(actors, metrics))
             if self._alarm is not None and self._alarm.action == "rollback":
@@ -197,7 +207,11 @@ class Worker:
             if folder := due(self.recipe, self.cycle, self.watch.measures.attempt):
                 write_student(self.student, folder, rank=self.session.rank, agree=self._ranks.agree, average=True)
             stop = self._stopping()
-            save = self.cycle % training.checkpoint_every == 0 or stop
+            hurry = stop
+            if notice := self._notices.new():
+                self.events.write("preempted", cycle=self.cycle, **asdict(notice))
+                hurry = True
+            save = self.cycle % self.recipe.checkpoints.every == 0 or hurry
             if self.cycle % training.report_every == 0 or save or self.cycle == end:
                 means = {k: sum(v) / len(v) for k, v in seen.items()}
                 row = {"cycle": self.cycle, "phase": phase.index, "student/rate": rate, **means, **self.watch.report()}
@@ -205,7 +219,7 @@ class Worker:
                 row |= usage(self.session.device)
                 seen = {}
                 if save and self.cycle < end:
-                    self._save(row)
+                    self._save(row, wait=hurry)
                 else:
                     self.session.report(row)
             if stop:
@@ -232,7 +246,7 @@ class Worker:
         """
         measures, gone = self.watch.measures, self.cycle
         before = max(gone - self.recipe.monitor.lookback, self.plan.start(phase.index))
-        every = self.recipe.training.checkpoint_every
+        every = self.recipe.checkpoints.every
 
         def fits(cycle: int) -> bool:
             # Not one of a stop: a run that was stopped and resumed must end as if it had not been.
@@ -262,23 +276,14 @@ class Worker:
                 self.events.write("start", world=self.session.world)
                 return True
             fresh = self._load(folder)
-            self._written = (folder / checkpoint.STUDENT).is_dir()
+            if folder == own and (folder / checkpoint.STUDENT).is_dir():
+                self._final = checkpoint.name_of(self.cycle, self.watch.measures.attempt) + "-final"
             self.events.write("resume", cycle=self.cycle, world=self.session.world)
             return fresh
 
-    def _whole(self, folder: Path) -> None:
-        """See that a checkpoint is what was written; each rank reads a share of it.
-
-        Raises:
-            DamagedCheckpoint: on all ranks alike.
-        """
-        share, shares = self.session.rank, self.session.world
-        if wrong := next(filter(None, self._ranks.everyone(damage(folder, part=share, parts=shares))), ""):
-            raise DamagedCheckpoint(f"checkpoint {folder.name} is damaged: {wrong}")
-
     def _load(self, folder: Path, measures: Measures | None = None) -> bool:
         """Build the roles of a checkpoint's phase and fill them; returns whether to enter a phase anew."""
-        self._whole(folder)
+        self._saver.check(folder)
         progress = checkpoint.read_progress(folder)
         self.cycle = progress.cycle
         self._enter(self.method.phases[progress.phase], {})
@@ -308,6 +313,8 @@ class Worker:
                 world=shares,
                 group=self.recipe.method.adapt.group if self.recipe.method.adapt else 1,
                 device=self.session.device,
+                log=self._samples,
+                quarantine=self.ward.quarantine,
             )
             for salt, slots, regular in (
                 (0, updates, 1 + training.fake_updates),
@@ -349,6 +356,8 @@ class Worker:
             progress=self.plan.progress,
             agree=self._ranks.agree,
             mean=self._ranks.mean,
+            isolate=self.ward.isolate,
+            everyone=self._ranks.everyone,
             adversary=build_adversary(self.recipe.method.gan, self.fake, self.family.process, self._real),
             pairs=self._pairs,
             distance=self._pairing.distance if self._pairing else None,
@@ -358,26 +367,33 @@ class Worker:
         warm = replace(actors, samplers=None, stream=self._warmup_stream, progress=lambda _: 0.0)
         self.fake.set_rate(self.watch.measures.rate)  # the plan's ramp is for the cycles
         rounds = range(self.recipe.training.fake_warmup)
-        for drawn in ahead(draw(warm, actors.phase.index, f"warmup.{k}") for k in rounds):
-            update_fake(warm, drawn)
+        for k, drawn in enumerate(ahead(draw(warm, actors.phase.index, f"warmup.{k}") for k in rounds)):
+            self._doing(f"update {k + 1} of the warm-up of phase {actors.phase.index + 1}")
+            learn(warm, drawn)
+        self._samples.write()
 
-    def _save(self, row: dict[str, float] | None = None, *, ended: bool = False, student: bool = False) -> None:
+    def _save(
+        self, row: dict[str, float] | None = None, *, wait: bool = True, ended: bool = False, student: bool = False
+    ) -> None:
         """Write a checkpoint; ``student`` adds the weights to export."""
         self._doing(f"writes a checkpoint after cycle {self.cycle}")
-        done = row or {"cycle": self.cycle, "cycles": self.plan.cycles}
-        phase = len(self.method.phases) - 1 if student else self.plan.phase(self.cycle - 1)
-        with tempfile.TemporaryDirectory(prefix="raydmd-") as temporary:
-            folder = Path(temporary)
-            progress = checkpoint.Progress(
-                cycle=self.cycle, phase=phase, monitor=self.watch.state(), recipe=self.recipe.to_yaml()
-            )
-            checkpoint.save(folder, self.state(), progress, rank=self.session.rank)
-            if student:
-                self.student.write(folder / checkpoint.STUDENT, rank=self.session.rank)
-            seal(folder, rank=self.session.rank, world=self.session.world, stamp=self._stamp)
-            suffix = "-final" if student else "-phase" if ended else ""
-            self.session.report(done, folder, checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix)
-        self.events.write("checkpoint", cycle=self.cycle, phase=phase)
+        start = time.perf_counter()
+        suffix = "-final" if student else "-phase" if ended else ""
+        name = checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix
+        progress = checkpoint.Progress(
+            cycle=self.cycle,
+            phase=len(self.method.phases) - 1 if student else self.plan.phase(self.cycle - 1),
+            monitor=self.watch.state(),
+            recipe=self.recipe.to_yaml(),
+        )
+        row = row or {"cycle": self.cycle, "cycles": self.plan.cycles}
+        more, most = (self._export, self.student.written()) if student else (None, 0)
+        self._saver.write(name, self.state(), progress, row, wait=wait, more=more, most=most)
+        self._final = name if student else ""
+        self._waited += time.perf_counter() - start
+
+    def _export(self, folder: Path) -> None:
+        self.student.write(folder / checkpoint.STUDENT, rank=self.session.rank)
 
     def _stopping(self) -> bool:
         """Whether all ranks stop after this cycle; rank 0 decides."""

@@ -58,6 +58,11 @@ def check(spec: Sweep, base: Recipe) -> Prepared:
         )
     if spec.budget.gpu_hours and not base.placement.worker_gpus:
         raise InputError(f"sweep {spec.name!r}: budget.gpu_hours does nothing where placement.worker_gpus=0")
+    if base.placement.workers_least:
+        raise InputError(
+            f"sweep {spec.name!r}: placement.workers_least is for runs alone: the workers of one trial would grow into "
+            "the room of the next; leave it out"
+        )
     check_population(spec, base)
     if spec.search.kind == "grid":
         spec.grid(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,7 @@ from raydmd.tuning.space import Choice, Dimension, Explorer, Ordered, Phases, Ra
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from raydmd.recipe import Recipe
     from raydmd.tuning.space import Chooser
@@ -66,6 +68,26 @@ class Budget(Section):
     """Of this cluster, since the command."""
     gpu_hours: Positive | None = None
     """That all clusters' trials hold for their workers."""
+
+
+CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def cluster_folder(folder: Path, cluster: str) -> Path:
+    """What a cluster keeps of a sweep for itself.
+
+    Args:
+        folder: of the sweep.
+        cluster: its name.
+
+    Raises:
+        InputError: if the name is no name of a folder.
+    """
+    if not CLUSTER.fullmatch(cluster):
+        raise InputError(
+            f"--cluster {cluster!r}: letters, digits, dots, dashes and underscores, and at most 100 of them"
+        )
+    return folder / "clusters" / cluster
 
 
 class Versus(Section):

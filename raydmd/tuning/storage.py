@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 
 from raydmd.errors import InputError, RunFailed
+from raydmd.redact import hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ def storage_of(url: str) -> RDBStorage:
             # Clusters that start together make the tables together: the database lets one of them, and refuses the
             # others until it has done.
             if left == 0 or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
-                raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
+                raise InputError(f"the study's storage {hidden(url)} can't be used: {first_line(error)}") from None
         time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
 
@@ -109,7 +110,7 @@ class Patience:
                 waited = time.monotonic() - begun
                 if waited > AWAY or (waited > HURRY and self.stop and self.stop.exists()):
                     raise RunFailed(
-                        f"the study's storage {shown(self._url)} was away for {waited:.0f} s: {_cause(error)}. "
+                        f"the study's storage {hidden(self._url)} was away for {waited:.0f} s: {_cause(error)}. "
                         "The same command goes on"
                     ) from None
             else:
@@ -123,7 +124,7 @@ class Patience:
         self.since = time.monotonic()
         if not self._away:
             self._away = True
-            print(f"the study's storage {shown(self._url)} is away ({_cause(error)}); trying again", flush=True)
+            print(f"the study's storage {hidden(self._url)} is away ({_cause(error)}); trying again", flush=True)
 
     def met(self) -> None:
         """It did."""
@@ -172,12 +173,6 @@ def quiet() -> Any:
         # Signs of life are given by the study.
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
         yield
-
-
-def shown(url: str) -> str:
-    """A storage's address without its password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://...@{tail}" if at else url
 
 
 def first_line(error: BaseException) -> str:

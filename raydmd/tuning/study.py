@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from raydmd.errors import InputError
+from raydmd.redact import hidden
 from raydmd.tuning.repeats import SEED
 from raydmd.tuning.rows import (
     AT,
@@ -42,7 +43,7 @@ from raydmd.tuning.rows import (
     root_of,
     row_of,
 )
-from raydmd.tuning.storage import GRACE, RETRIES, Patience, first_line, is_outage, patiently, quiet, shown, storage_of
+from raydmd.tuning.storage import GRACE, RETRIES, Patience, first_line, is_outage, patiently, quiet, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ class Study:
             self._study = optuna.load_study(study_name=spec.name, storage=storage, sampler=RandomSampler())
             self._agrees(facts)
         except SQLAlchemyError as error:
-            raise InputError(f"the study's storage {shown(url)} can't be used: {first_line(error)}") from None
+            raise InputError(f"the study's storage {hidden(url)} can't be used: {first_line(error)}") from None
         self._storage = storage
         self._stops = self._study.user_attrs.get(STOP, [])
 
@@ -356,14 +357,14 @@ class Study:
                 deadline, seen = time.monotonic() + READY, now
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"study {self.spec.name!r} in {shown(self._url)} was begun and never set up, by a command that "
+                    f"study {self.spec.name!r} in {hidden(self._url)} was begun and never set up, by a command that "
                     "died: delete it, or give another name"
                 )
             time.sleep(0.5)
         differ = sorted(_different(before, facts))
         if differ:
             raise InputError(
-                f"study {self.spec.name!r} in {shown(self._url)} is of another sweep: {', '.join(differ[:8])} differ. "
+                f"study {self.spec.name!r} in {hidden(self._url)} is of another sweep: {', '.join(differ[:8])} differ. "
                 "Give the sweep another name"
             )
 
@@ -410,7 +411,7 @@ def _opened(spec: Sweep, url: str) -> optuna.Study:
     try:
         return optuna.load_study(study_name=spec.name, storage=storage_of(url))
     except KeyError:
-        raise InputError(f"{shown(url)} has no study {spec.name!r}: was it begun?") from None
+        raise InputError(f"{hidden(url)} has no study {spec.name!r}: was it begun?") from None
 
 
 def _different(a: Any, b: Any, key: str = "") -> set[str]:

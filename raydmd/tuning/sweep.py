@@ -17,6 +17,7 @@ from ray import tune
 from raydmd.errors import DONE, InputError, RunFailed, RunStopped
 from raydmd.models.sizes import training_latents
 from raydmd.recipe import derive
+from raydmd.redact import hidden
 from raydmd.tracking import RUN_ID
 from raydmd.tracking.group import Group
 from raydmd.tracking.model import BEST, register
@@ -24,11 +25,12 @@ from raydmd.training.clips import at_pool
 from raydmd.training.cluster import check_room, connect, living_nodes, parallel_runs
 from raydmd.training.encoding import encode
 from raydmd.training.export import PIPELINE
-from raydmd.training.folder import Held, locked
+from raydmd.training.folder import UNSENT
+from raydmd.training.lock import Held, locked
 from raydmd.training.pools import teacher_pool
 from raydmd.training.run import versions
 from raydmd.training.stopping import stop_on_signals
-from raydmd.training.tracked import UNSENT, send
+from raydmd.training.tracked import send
 from raydmd.tuning.checks import check, fitting, pinned
 from raydmd.tuning.compare import PAGE, compare_page
 from raydmd.tuning.halving import Halving
@@ -36,7 +38,8 @@ from raydmd.tuning.members import Members, only_here
 from raydmd.tuning.repeats import merged
 from raydmd.tuning.search import StudySearch
 from raydmd.tuning.show import best_of, progress, table
-from raydmd.tuning.storage import BEAT, shown, storage_url
+from raydmd.tuning.spec import cluster_folder
+from raydmd.tuning.storage import BEAT, storage_url
 from raydmd.tuning.study import Study
 from raydmd.tuning.trial import LEAVE, Common, RunTrial
 from raydmd.tuning.verdict import judge, kept
@@ -75,11 +78,12 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
     base = pinned(spec, base)
     folder = base.output.parent
     prepared = check(spec, base)
-    with locked(folder / "clusters" / cluster):
+    here = cluster_folder(folder, cluster)
+    with locked(here):
         study = Study(spec, base, storage_url(spec, folder), cluster)
         known_here(study, spec, cluster, folder)
         agreed()
-        stop = folder / "clusters" / cluster / "STOP"
+        stop = here / "STOP"
         study.patience.stop = stop
         if spec.population:
             only_here(study, spec, cluster)
@@ -121,7 +125,7 @@ def known_here(study: Study, spec: Sweep, cluster: str, folder: Path) -> None:
     Raises:
         InputError: if that is so.
     """
-    file = folder / "clusters" / cluster / "id"
+    file = cluster_folder(folder, cluster) / "id"
     if not file.is_file():
         file.write_text(uuid.uuid4().hex, encoding="utf-8")  # this command holds the folder
     own = file.read_text(encoding="utf-8")
@@ -266,7 +270,7 @@ def publish(spec: Sweep, base: Recipe, best: Row, prepared: Prepared) -> None:
     try:
         run_id = (folder / RUN_ID).read_text(encoding="utf-8").strip()
         version = register(str(base.tracking.uri), run_id, spec.name, folder / PIPELINE, how)
-        print(f"model     models:/{spec.name}@{BEST} (version {version}) in {shown(str(base.tracking.uri))}")
+        print(f"model     models:/{spec.name}@{BEST} (version {version}) in {hidden(str(base.tracking.uri))}")
     except Exception as error:  # whatever MLflow raises, the student is in its folder
         print(f"tracking: the best student was not registered ({type(error).__name__}: {error})")
 

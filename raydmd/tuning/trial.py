@@ -16,8 +16,10 @@ from ray import tune
 
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.recipe import derive
+from raydmd.redact import hidden
 from raydmd.training.cluster import settle
-from raydmd.training.folder import PATIENCE, Held, finished, locked, same_run
+from raydmd.training.folder import finished, same_run
+from raydmd.training.lock import PATIENCE, Held, leave, locked
 from raydmd.training.prepare import prepare
 from raydmd.training.run import Surroundings, conduct
 from raydmd.training.students import EVALUATION
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 LEAVE = 300.0
 """Seconds that a run has to stop in, with a checkpoint."""
 HELD = "held"
-"""Of the last result of a trial that somebody else still trains, who was taken for dead."""
+"""Of the last result of a trial that somebody else trains: still, who was taken for dead, or since this one was."""
+TOLD = 5.0
+"""Seconds in which Tune hears of a trial that somebody else has taken over, before its process ends."""
 STOPPED = "stopped"
 """Of the last result of a trial that is gone on with when the sweep is."""
 
@@ -72,7 +76,7 @@ class RunTrial(tune.Trainable):
         while True:
             with contextlib.suppress(queue.Empty):
                 return {**self._news.get(timeout=1.0), "gpu_seconds": self.gpu_seconds()}
-            if self._told_to_stop():
+            if self._told_to_stop() and not self._lost.is_set():
                 self._stop.parent.mkdir(parents=True, exist_ok=True)
                 self._stop.touch()
 
@@ -85,6 +89,8 @@ class RunTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Stop the run where it can go on from, and wait until its processes have gone."""
+        if self._lost.is_set():  # it is somebody else's, who must not be stopped
+            return
         self._stop.parent.mkdir(parents=True, exist_ok=True)
         if self._thread.is_alive():
             self._stop.touch()
@@ -104,6 +110,7 @@ class RunTrial(tune.Trainable):
         self._stop.unlink(missing_ok=True)  # an earlier attempt's; from here on it is this one's
         self._sweeps_stop = common.stop
         self._until: int | None = config.get("until")
+        self._lost = threading.Event()
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"trial {name}", daemon=True)
         self._thread.start()
@@ -111,16 +118,16 @@ class RunTrial(tune.Trainable):
     def _work(self) -> None:
         try:
             prepared = prepare(self._recipe)
-            with locked(self._recipe.folder, patience=PATIENCE):
+            with locked(self._recipe.folder, patience=PATIENCE, lost=self._leave) as hold:
                 if finished(self._recipe.folder):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                around = Surroundings(self._tags, tracked=True, tell=self._tell)
+                around = Surroundings(hold.token, self._tags, tracked=True, tell=self._tell)
                 conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
                 release(self._recipe.folder)
         except Held:
-            self._news.put({"cycle": 0, HELD: True, "finished": False, "done": True})
+            self._tell_held()
         except (RunStopped, RunFailed) as error:  # stopped by cleanup, where nobody listens, or by its own monitor
             leg = self._until is not None and isinstance(error, RunStopped) and not self._stop.exists()
             if leg and end_leg(self._recipe.folder, int(self._until or 0)):
@@ -132,14 +139,23 @@ class RunTrial(tune.Trainable):
         except BaseException as error:
             self._recipe.folder.mkdir(parents=True, exist_ok=True)
             with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
-                log.write(traceback.format_exc() + "\n")
+                log.write(hidden(traceback.format_exc()) + "\n")
             self._fail(f"{type(error).__name__}: {error} (traceback in error.log)")
+
+    def _leave(self, why: str) -> None:
+        self._lost.set()
+        self._tell_held()
+        time.sleep(TOLD)
+        leave(why)
+
+    def _tell_held(self) -> None:
+        self._news.put({"cycle": 0, HELD: True, "finished": False, "done": True})
 
     def _told_to_stop(self) -> bool:
         return self._sweeps_stop is not None and self._sweeps_stop.exists()
 
     def _fail(self, why: str) -> None:
-        self._news.put({"cycle": 0, "error": why.strip().splitlines()[0], "finished": False, "done": True})
+        self._news.put({"cycle": 0, "error": hidden(why.strip().splitlines()[0]), "finished": False, "done": True})
 
     def _tell(self, figures: dict[str, float]) -> None:
         found = {k.removeprefix(EVALUATION): v for k, v in figures.items()}

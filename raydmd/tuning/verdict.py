@@ -16,7 +16,8 @@ import ray
 from raydmd.errors import InputError
 from raydmd.recipe import derive
 from raydmd.serving.order import ANYWHERE
-from raydmd.training.folder import finished, locked, same_run, trained
+from raydmd.training.folder import finished, same_run, trained
+from raydmd.training.lock import locked
 from raydmd.training.prepare import prepare
 from raydmd.training.run import Surroundings, awaited, conduct
 from raydmd.training.students import EVALUATION
@@ -126,10 +127,14 @@ def judge(
     ]
     for recipe in default:
         prepared = prepare(recipe)
-        with locked(recipe.folder):
+        with locked(recipe.folder) as hold:
             if not finished(recipe.folder):
                 same_run(recipe, recipe.folder)
-                conduct(prepared, stop, surroundings=Surroundings({**tags, "raydmd.trial": recipe.name}, tracked=True))
+                conduct(
+                    prepared,
+                    stop,
+                    surroundings=Surroundings(hold.token, {**tags, "raydmd.trial": recipe.name}, tracked=True),
+                )
     seeds = [base.evaluation.seed + APART * (k + 1) for k in range(spec.verdict.seeds)]
 
     def figures(recipes: Sequence[Recipe]) -> dict[str, list[float]]:
@@ -154,7 +159,7 @@ def _measured(recipe: Recipe, seed: int, prompts: list[str], pool: Pool | None, 
         max_retries=1,
         scheduling_strategy=ANYWHERE,
     )
-    reference = task.remote(held_out, str(checkpoint), prompts, pool.client_spec() if pool else None)
+    reference = task.remote(held_out, checkpoint, prompts, pool.client_spec() if pool else None)
     found: dict[str, float] = awaited(reference, held_out, stop, pool, "the verdict")
     return found
 

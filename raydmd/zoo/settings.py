@@ -20,6 +20,7 @@ TRAINING: dict[str, Any] = {
     "precision": "fp32",
     "sharding": "ddp",
     "gradient_checkpointing": False,
+    "offload_activations": False,
     "ema": 0.99,
     "decay": 0.4,
 }

@@ -65,6 +65,7 @@ def test_a_submitted_job_runs_with_two_workers_and_two_replicas(cluster, tmp_pat
         "training.precision": "fp32",
         "training.sharding": "ddp",
         "training.gradient_checkpointing": "false",
+        "training.offload_activations": "false",
         "training.student.lora": "null",
         "placement.sequence": 2,  # both workers share each sample, and ask once
         "placement.worker_gpus": 0,
@@ -89,6 +90,7 @@ def test_a_submitted_job_runs_with_two_workers_and_two_replicas(cluster, tmp_pat
         time.sleep(5)
     assert done.returncode == 0, said[-4000:]
     assert "succeeded" in said
+    assert "asks for no token" not in said
     assert "report" in said
     kept = Path(env["HOME"]) / "raydmd" / "runs" / "phased-wan22"
     assert (kept / "report.html").is_file(), "a job's relative output must outlive the job"

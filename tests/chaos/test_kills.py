@@ -10,106 +10,17 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from raydmd.errors import BAD_INPUT, DONE, STOPPED
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import read_lines
-from tests.pipelines import wan_pipeline
+from raydmd.training.store import Store
+from tests.launch import Launch, same_bits
+from tests.s3 import BUCKET, environment, object_storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
-ROOT = Path(__file__).parents[2]
-CYCLES = 24
-
-
-class Launch:
-    """The experiment as a user starts it: a process of its own, on a Ray of its own."""
-
-    def __init__(self, home: Path, name: str, *extra: str, teachers: int = 1, **training: float) -> None:
-        self.folder = home / "runs" / name
-        self.log = home / f"{name}.log"
-        overrides = {
-            # With random weights the equation's own weighting blows rounding up past FSDP's bar below, and AdamW's
-            # usual eps makes whole steps of gradients of rounding's size.
-            "method.normaliser": "distance",
-            "data.sizes": "[{height: 32, width: 32}, {height: 32, width: 16}]",
-            "model.frames": 5,
-            "model.height": 32,
-            "model.width": 32,
-            "training.cycles": CYCLES,
-            "training.batch": 4,
-            "training.fake_updates": 2,
-            "training.precision": "fp32",
-            **({} if "--recipe" in extra else {"training.sharding": "ddp"}),
-            "training.gradient_checkpointing": "false",
-            "training.checkpoint_every": 4,
-            "training.report_every": 2,
-            "training.step_timeout": 120,
-            "training.student.lora": "null",
-            "training.student.rate": 1e-4,
-            "training.student.eps": 1e-5,
-            "placement.worker_gpus": 0,
-            "placement.teacher_gpus": 0,
-            "placement.worker_cpus": 0.5,
-            "placement.teacher_cpus": 0.5,
-            "evaluation.samples": 2,
-            "evaluation.grid": 2,
-            "evaluation.teacher_steps": 2,
-            **{f"training.{k}": v for k, v in training.items()},
-        }
-        command = [
-            *(sys.executable, "experiments/phased_wan22.py", "--model", str(home / "model"), "--name", name),
-            *("--prompts", str(home / "prompts.txt"), "--output", str(home / "runs"), "--deterministic"),
-            *("--workers", "2", "--teachers", str(teachers), *(f"--{k}={v}" for k, v in overrides.items()), *extra),
-        ]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-
-    def events(self, kind: str) -> list[dict]:
-        return [e for e in read_lines(self.folder / "events.jsonl") if e["event"] == kind]
-
-    def wait_for(self, kind: str, *, cycle: int = 0, seconds: float = 600) -> dict:
-        """The first event of a kind at or after a cycle."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            found = [e for e in self.events(kind) if e.get("cycle", 0) >= cycle]
-            if found:
-                return found[0]
-            assert self.process.poll() is None, f"ended early:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.05)
-        raise AssertionError(f"no {kind} at cycle {cycle} within {seconds} s:\n{self.log.read_text()[-3000:]}")
-
-    def one(self, title: str) -> psutil.Process:
-        """One of this run's own processes, by what Ray calls it."""
-        ours = psutil.Process(self.process.pid).children(recursive=True)
-        found = [p for p in ours if any(title in part for part in p.cmdline()[:1])]
-        assert found, f"no {title} among {[p.cmdline()[:1] for p in ours]}"
-        return found[0]
-
-    def kill_one(self, title: str) -> int:
-        """SIGKILL one of them; it must really die."""
-        victim = self.one(title)
-        victim.send_signal(signal.SIGKILL)
-        victim.wait(10)
-        return victim.pid
-
-    def end(self, seconds: float = 900) -> int:
-        return self.process.wait(seconds)
-
-    def student(self) -> dict:
-        (final,) = (self.folder / "train").glob("*-final")
-        return {f.stem: load_file(f) for f in (final / "student").glob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("chaos")
-    wan_pipeline(home / "model")
-    (home / "prompts.txt").write_text("a cat runs\na dog jumps\n")
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +35,6 @@ def _yaml(home: Path, text: str) -> Path:
     file = home / "recipe.yaml"
     file.write_text(text)
     return file
-
-
-def same_bits(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for expert, weights in one.items():
-        for name, value in weights.items():
-            assert value.equal(other[expert][name]), f"{expert}.{name}"
 
 
 STOCK = """
@@ -224,7 +128,7 @@ def test_a_worker_that_hangs_is_told_of_with_stacks_and_the_run_goes_on(home, un
     assert run.end() == DONE, run.log.read_text()[-3000:]
     text = Path(stalled["stacks"]).read_text()
     assert stalled["doing"] in text
-    assert re.search(r"rank \d of 2, .*: (cycle \d+|writes a checkpoint)", stalled["doing"])
+    assert re.search(r"rank \d of 2 on .*: (cycle \d+|writes a checkpoint)", stalled["doing"])
     assert "train_cycle" in text or "_save" in text, text[:3000]
     same_bits(run.student(), undisturbed.student())
 
@@ -243,6 +147,27 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(home, undisturb
     assert f"going on from {fallback['checkpoint']}" in second.log.read_text()
     assert [e["cycle"] for e in second.events("resume")] == [cycle_of(fallback["checkpoint"])]
     same_bits(second.student(), undisturbed.student())
+
+
+def test_object_storage_with_a_damaged_object_and_a_killed_worker(home, undisturbed):
+    """Checkpoints in S3: stopped, the newest one cut off, resumed, and killed as the next ones are written."""
+    storage = f"{BUCKET}/runs"
+    with object_storage() as values, environment(values):
+        first = Launch(home, "in-s3", "--max-cycles", "10", f"--checkpoints.storage={storage}")
+        assert first.end() == STOPPED, first.log.read_text()[-3000:]
+        store = Store.of(first.folder, storage)
+        newest = store.names()[-1]
+        with store.files.open_output_stream(store.path(f"{newest}/__0_0.distcp")) as stream:
+            stream.write(b"cut off")
+        second = Launch(home, "in-s3", f"--checkpoints.storage={storage}")
+        second.wait_for("checkpoint", cycle=16)
+        second.kill_one("ray::RayTrainWorker")
+        assert second.end() == DONE, second.log.read_text()[-3000:]
+        assert f"checkpoint {newest} is damaged" in second.events("damaged")[0]["message"]
+        assert len(second.events("fallback")) == 1
+        assert second.events("restart"), "the workers were never restarted"
+        same_bits(second.student(storage), undisturbed.student())
+    assert not list(second.folder.glob("train*")), "nothing was to be written to the run's own folder"
 
 
 def test_a_signal_before_training_stops_the_run_with_a_word(home):

@@ -13,12 +13,14 @@ import torch
 from raydmd.errors import DamagedCheckpoint, RunFailed
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
+from raydmd.recipe import Recipe
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.manifest import NAME, damage, reseal, seal
-from raydmd.training.mending import BOOKS, TRAIN, check_books, set_aside
+from raydmd.training.mending import check_books, fall_back
 from raydmd.training.session import FolderSession
+from raydmd.training.store import BOOKS, TRAIN, experiment
 from raydmd.training.takeover import TAKEN, taken
 from raydmd.training.worker import Job, Worker
 from tests.local.test_worker import PROMPTS, recipe
@@ -26,8 +28,6 @@ from tests.pipelines import wan_pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from raydmd.recipe import Recipe
 
 pytestmark = pytest.mark.local
 
@@ -50,21 +50,22 @@ def stopped(pipeline: Path, tmp_path: Path) -> Recipe:
 
 def worker_of(r: Recipe, stop_at: int | None = None) -> Worker:
     torch.set_num_threads(1)
-    (r.folder / TRAIN).mkdir(parents=True, exist_ok=True)
+    place = r.folder / experiment(r.folder)
+    place.mkdir(parents=True, exist_ok=True)
     family = load_family(r.model)
     table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=stop_at, taken=taken(r.folder))
-    return Worker(job, teacher, FolderSession(r.folder / TRAIN), EventLog(r.folder / "events.jsonl"))
+    return Worker(job, teacher, FolderSession(place), EventLog(r.folder / "events.jsonl"))
 
 
 def checkpoints(r: Recipe) -> list[Path]:
-    return sorted((r.folder / TRAIN).glob("cycle-*"))
+    return sorted((r.folder / experiment(r.folder)).glob("cycle-*"))
 
 
 def books(r: Recipe) -> Path:
     """Ray Train's list, as far as it is read."""
-    file = r.folder / TRAIN / BOOKS
+    file = r.folder / experiment(r.folder) / BOOKS
     entries = [{"version": 0, "checkpoint_dir_name": c.name} for c in checkpoints(r)]
     file.write_text(json.dumps({"checkpoint_results": entries, "latest_checkpoint_result": entries[-1]}))
     return file
@@ -139,8 +140,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(pipeline: Pa
     os.truncate(file, BLOCK)
     with pytest.raises(DamagedCheckpoint, match=rf"{fourth.name} is damaged: {file.name} has 4096 bytes of"):
         worker_of(stopped).run()
-    assert set_aside(stopped.folder, "it is cut off") == before.name
-    assert (stopped.folder / "aside-1" / fourth.name).is_dir()  # nothing is deleted
+    assert fall_back(stopped, "it is cut off") == before.name
+    assert (stopped.folder / TRAIN / fourth.name).is_dir()  # nothing is deleted
     again = worker_of(stopped)
     assert again.run() == "finished"
     events = list(read_lines(stopped.folder / "events.jsonl"))
@@ -151,11 +152,11 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(pipeline: Pa
     # From here on its own checkpoints are newer than the one that it was given.
     final = checkpoints(stopped)[-1]
     assert final.name.endswith("-final")
-    check_books(stopped.folder)
+    check_books(stopped)
     os.truncate(max((final / "student").iterdir()), 100)
     with pytest.raises(DamagedCheckpoint, match="final is damaged: student/"):
-        check_books(stopped.folder)
-    assert set_aside(stopped.folder, "it is cut off") == "cycle-00000004"
+        check_books(stopped)
+    assert fall_back(stopped, "it is cut off") == "cycle-00000004"
     assert [f.name for f in (stopped.folder / TAKEN).iterdir()] == ["cycle-00000004"]
 
 
@@ -166,29 +167,31 @@ def test_where_all_are_damaged_nothing_is_begun_anew_and_nothing_is_lost(stopped
     with pytest.raises(DamagedCheckpoint, match="progress"):
         worker_of(stopped).run()
     with pytest.raises(RunFailed, match=f"none of its {count} checkpoints is whole.*another --name"):
-        set_aside(stopped.folder, "it is damaged")
-    assert len(list(stopped.folder.glob("aside-1/cycle-*"))) == count
+        fall_back(stopped, "it is damaged")
+    assert len(checkpoints(stopped)) == count
 
 
 def test_books_that_cannot_be_gone_by_are_found_before_the_start(stopped: Recipe) -> None:
-    check_books(stopped.folder)  # none yet: Ray Train begins some
+    check_books(stopped)  # none yet: Ray Train begins some
     file = books(stopped)
-    check_books(stopped.folder)
+    check_books(stopped)
     kept = file.read_text()
     file.write_text(kept[:-1])
     with pytest.raises(DamagedCheckpoint, match="Ray Train's list of checkpoints can't be read"):
-        check_books(stopped.folder)
+        check_books(stopped)
     file.write_text(kept)
     shutil.rmtree(checkpoints(stopped)[-1])
     with pytest.raises(DamagedCheckpoint, match="is gone"):
-        check_books(stopped.folder)
-    assert set_aside(stopped.folder, "it is gone").startswith("cycle-")
+        check_books(stopped)
+    assert fall_back(stopped, "it is gone").startswith("cycle-")
 
 
 def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / TRAIN).mkdir()
-    (tmp_path / TRAIN / BOOKS).write_text("")
+    r = Recipe(name="run", output=tmp_path)
+    (r.folder / TRAIN).mkdir(parents=True)
+    (r.folder / TRAIN / BOOKS).write_text("")
     with pytest.raises(DamagedCheckpoint):
-        check_books(tmp_path)
-    assert set_aside(tmp_path, "it is empty") == ""
-    check_books(tmp_path)
+        check_books(r)
+    assert fall_back(r, "it is empty") == ""
+    assert experiment(r.folder) == "train-2"
+    check_books(r)

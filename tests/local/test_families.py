@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -15,6 +16,7 @@ from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
 from raydmd.models.packing import pack, unpack
 from raydmd.models.untrained import CLASSES, PICTURED, PIPELINES, write
+from raydmd.planning.network import blank
 from raydmd.process import VariancePreserving, step_grid
 from raydmd.recipe import Model, Recipe, derive
 from raydmd.sampling import sample
@@ -88,6 +90,18 @@ def seeded(family: Family) -> Tensor:
     return torch.randn(1, *family.shape().latent, generator=torch.Generator().manual_seed(2))
 
 
+def keeping(pipe: Any, kept: list[Tensor]) -> dict[str, Any]:
+    """What a stock call needs so that the latents after each step are kept."""
+
+    def keep(_pipe, _step, _t, values):
+        kept.append(values["latents"].clone())
+        return values
+
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": keep}
+    return {"callback": lambda _step, _t, latents: kept.append(latents.clone())}  # of older pipelines
+
+
 def times(family: Family, pipe: Any) -> list[float]:
     """The times of the stock scheduler's walk, down to the last."""
     if isinstance(family.process, VariancePreserving):
@@ -106,12 +120,8 @@ def test_x0_is_what_the_stock_pipeline_computes(kind, folder, tmp_path):
     if kind in WAN:  # a scheduler of the first order, whose steps tell x0
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
-    def keep(_pipe, _step, _t, values):
-        kept.append(values["latents"].clone())
-        return values
-
     call = family.sampling(steps=5) | GUIDED.get(kind, USUAL) | {"latents": theirs(kind, noise)}
-    pipe(PROMPTS[0], output_type="latent", callback_on_step_end=keep, **call)
+    pipe(PROMPTS[0], output_type="latent", **keeping(pipe, kept), **call)
     table = Conditions.read(family.encode(PROMPTS, tmp_path))
     x, walk = noise, times(family, pipe)
     assert len(kept) == len(walk) - 1 == 5
@@ -157,12 +167,13 @@ def sampled(r: Recipe, family: Family, prompt: str = PROMPTS[0]) -> Tensor:
 
 
 def recipe(kind: str, folder: Path, output: Path, method: dict[str, Any], lora: dict | None) -> Recipe:
-    shift = 1.0 if kind in ("sd15", "sdxl") else 3.0
+    settings = Model(path=str(folder), **SIZES.get(kind, {}))
+    shift = 1.0 if isinstance(load_family(settings).process, VariancePreserving) else 3.0
     training = {"cycles": 2, "batch": 4, "fake_updates": 1, "precision": "fp32", "fake": {"rate": 1e-3}}
     return derive(
         Recipe(name="run", output=output, deterministic=True),
         {
-            "model": {"path": str(folder), **SIZES.get(kind, {})},
+            "model": settings.model_dump(),
             "method": {"shift": shift, "steps": STEPS, **method},
             "training": training | {"student": {"rate": 1e-2, "lora": lora}},
         },
@@ -264,6 +275,25 @@ def test_every_parameter_that_trains_gets_a_gradient(kind, folder, tmp_path):
     without = [n for n, p in denoiser.network.named_parameters() if p.grad is None]
     assert all(any(n.startswith(f"{module}.") for module in denoiser.idle) for n in without), without
     assert bool(without) == bool(denoiser.idle)
+
+
+def test_every_target_of_adapters_is_there(kind, folder):
+    """peft says nothing of one that is not."""
+    family = load_family(model(kind, folder))
+    denoiser = family.denoiser(family.routing().experts[0], dtype=torch.float32)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [f".{name}" for name, module in denoiser.network.named_modules() if isinstance(module, kinds)]
+    assert not [t for t in denoiser.lora_targets if not any(name.endswith(f".{t}") for name in names)]
+
+
+def test_a_plan_knows_what_conditions_are_like(kind, folder, tmp_path):
+    family = load_family(model(kind, folder))
+    told = blank(family, 2, family.shape().latent, {}).tensors()
+    real = Conditions.read(family.encode(PROMPTS, tmp_path)).rows([1, 2]).tensors()
+    assert {k: (v.ndim, v.dtype == torch.bool) for k, v in told.items()} == {
+        k: (v.ndim, v.dtype == torch.bool) for k, v in real.items()
+    }
+    assert told["embeds"].shape[-1] == real["embeds"].shape[-1]
 
 
 def test_a_shift_that_is_not_the_schedulers_is_noted(kind, folder):

@@ -29,7 +29,9 @@ from raydmd.recipe import Model, Recipe, combine, known_keys
 from raydmd.serving.client import ReplicaFailed
 from raydmd.serving.engine import TeacherEngine, answer_each
 from raydmd.serving.messages import RewardRequest, ScoreRequest, WalkRequest
-from raydmd.training.prepare import prepare
+from raydmd.training.prepare import check_method, prepare
+from tests.local.test_worker import recipe as recipe_of_tests
+from tests.local.test_worker import work
 from tests.pipelines import wan_pipeline
 
 if TYPE_CHECKING:
@@ -133,6 +135,29 @@ def test_recipes(tmp_path: Path) -> None:
         assert file.read_bytes() == before
     tallied(tally)
     assert not list(tmp_path.glob("runs/*")), "a recipe that was only looked at has left something"
+
+
+SMALL: list[Any] = [None, True, False, 0, 1, 2, 3, 7, 0.1, 0.5, 0.9, 1e-30, [], [0.5], [0.9, 0.5], {}, "auto"]
+"""What a key may be that makes nothing too large for a test."""
+
+
+def test_recipes_that_are_accepted_train(tmp_path: Path) -> None:
+    draw, trained = random.Random(SEED + 4), 0
+    start = recipe_of_tests(wan_pipeline(tmp_path / "model", experts=1, layers=1), tmp_path / "runs")
+    family = load_family(start.model)
+    keys = [k for k in known_keys() if k.split(".")[0] in ("method", "training", "monitor")]
+    while trained < COUNT // 25:
+        words = [f"{key}={json.dumps(draw.choice(SMALL))}" for key in draw.sample(keys, 3)]
+        try:
+            found = combine(start, overrides=words)
+            check_method(found, family)
+        except InputError:
+            continue
+        if found == start or found.method.adapt or found.method.regression or found.method.gan:
+            continue  # these need more than a pipeline
+        trained += 1
+        with contextlib.suppress(NonFiniteError):  # an answer, too
+            assert work(found.model_copy(update={"name": f"run{trained}"}), stop_at=1)[1] in ("stopped", "finished")
 
 
 PROMPTS: dict[str, Callable[[random.Random], bytes]] = {

@@ -34,6 +34,7 @@ from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 from tests.local.test_fsdp import FSDP, group
 from tests.local.test_worker import PROMPTS, SIZE, recipe, two_experts
+from tests.ranks import OneOfSome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,21 +173,10 @@ def test_a_worker_without_real_samples_says_so(two_experts, tmp_path):
         plain(r).run()
 
 
-class TwoRanks(FolderSession):
-    """A rank of two; the first keeps the checkpoints."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        super().__init__(folder)
-        self.rank, self.world = rank, 2
-
-    def report(self, metrics, checkpoint=None, name=None) -> None:
-        super().report(metrics, checkpoint if self.rank == 0 else None, name)
-
-
 def one_of_two(rank: int, port: int, r: Recipe) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     r.folder.mkdir(parents=True, exist_ok=True)
-    worker = build(r, session=TwoRanks(r.folder, rank))
+    worker = build(r, session=OneOfSome(r.folder, rank))
     assert worker.run() == "finished"
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in worker.state().items()}
     torch.save({k: v.clone() for k, v in state.items()}, r.folder / f"rank{rank}.pt")

@@ -201,7 +201,7 @@ PLACES: dict[str, tuple[Any, str, Any]] = {
     "decided, not begun": (populations, "take_over", die),
     "before a file is copied": (takeover, "link_tree", die),
     "copied, not adopted": (takeover, "_adopt", die),
-    "in its place, with the old recipe": (takeover, "_replace", before_recipe),
+    "in its place, with the old recipe": (takeover, "replace", before_recipe),
     "done, not said": (takeover, "EventLog", Wordless),
     "said": (populations, "take_over", after),
 }

@@ -28,9 +28,10 @@ def pipeline(tmp_path_factory) -> Path:
 
 
 def watched(pipeline: Path, output: Path, *, rate: float, cycles: int = 15, **monitor: object) -> Recipe:
-    settings = {"cycles": cycles, "decay": 0.0, "checkpoint_every": 3, "student": {"rate": rate}}
+    settings = {"cycles": cycles, "decay": 0.0, "student": {"rate": rate}}
     method = {"name": "dmd2", "steps": 2}
-    return derive(recipe(pipeline, output), {"method": method, "training": settings, "monitor": {**QUICK, **monitor}})
+    changes = {"method": method, "training": settings, "checkpoints.every": 3, "monitor": {**QUICK, **monitor}}
+    return derive(recipe(pipeline, output), changes)
 
 
 def events(r: Recipe, kind: str) -> list[dict]:

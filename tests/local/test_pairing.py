@@ -57,11 +57,11 @@ def recipe(output: Path, pairs: Path, **changes) -> Recipe:
                 "batch": 4,
                 "fake_updates": 1,
                 "precision": "fp32",
-                "checkpoint_every": 1,
                 "report_every": 1,
                 "student": {"rate": 1e-3, "lora": None},
                 "fake": {"rate": 1e-3},
             },
+            "checkpoints.every": 1,
             "method": {"name": "dmd", "regression": {"pairs": str(pairs), "loss": "l2", "steps": 3}},
         },
     )

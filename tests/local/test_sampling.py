@@ -58,11 +58,11 @@ def work(
                 "batch": 2,
                 "fake_updates": 2,
                 "precision": "fp32",
-                "checkpoint_every": 100,
                 "report_every": 1,
                 "student": student or {"rate": 1e-3, "lora": None},
                 "fake": {"rate": 1e-3},
             },
+            "checkpoints.every": 100,
             "placement": {"samplers": samplers, **({"sampler_lag": lag} if samplers else {})},
         },
     )

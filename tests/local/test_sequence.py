@@ -27,15 +27,20 @@ from raydmd.training.events import EventLog
 from raydmd.training.ray_worker import WorkerConfig, teacher_client
 from raydmd.training.session import FolderSession, Session
 from raydmd.training.shared import SharedClient
+from raydmd.training.store import Store
 from raydmd.training.tied import Tied
 from raydmd.training.worker import Job, Worker
 from tests.local.test_families import SIZES
 from tests.local.test_tied import recipe
-from tests.local.test_two_ranks import Merged, port
+from tests.local.test_two_ranks import port
 from tests.pipelines import WORDS
+from tests.ranks import OneOfSome
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from raydmd.serving.order import ClientSpec
+    from raydmd.serving.pool_client import PoolClient
 
 pytestmark = pytest.mark.local
 FULL: dict[str, Any] = {"student": {"rate": 1e-4, "eps": 1e-5, "lora": None}, "fake": {"rate": 1e-4, "eps": 1e-5}}
@@ -71,6 +76,10 @@ def run(name: str, session: Session, output: Path) -> dict[str, torch.Tensor]:
         conditions=table.padded(size),
         tied=Tied(r, family, session.device, session.tokens) if tied else None,
     )
+
+    def no_pool(spec: ClientSpec) -> PoolClient:
+        raise AssertionError(f"{spec} is asked for")
+
     config = WorkerConfig(
         recipe=r,
         conditions="",
@@ -82,8 +91,10 @@ def run(name: str, session: Session, output: Path) -> dict[str, torch.Tensor]:
         pairs=None,
         stop_at=None,
         folder=str(r.folder),
+        store=Store.of(r.folder, None),
     )
-    worker = Worker(job, teacher_client(config, job, session), session, EventLog(r.folder / "events.jsonl"))
+    teacher = teacher_client(config, job, session, no_pool)
+    worker = Worker(job, teacher, session, EventLog(r.folder / "events.jsonl"))
     assert worker.run() == "finished"
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in worker.state().items()}
     return {k: v.clone() for k, v in state.items()}
@@ -136,7 +147,7 @@ def one_of_four(rank: int, where: int, output: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{where}", rank=rank, world_size=WORLD)
     for name in RUNS:
-        session = Merged(output / "sessions" / name, rank)
+        session = OneOfSome(output / "sessions" / name, rank)
         session.world, session.tokens = WORLD, TokenGroup(GROUP, torch.device("cpu"), timedelta(seconds=77))
         session.folder.mkdir(parents=True, exist_ok=True)
         torch.save(run(name, session, output), output / f"{name}-{rank}.pt")

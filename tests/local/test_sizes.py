@@ -26,7 +26,7 @@ from raydmd.training.events import EventLog, read_lines
 from raydmd.training.run import run
 from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
-from tests.local.test_families import GUIDED, SCALE, USUAL, WAN, model, ours, recipe, stock, theirs, times
+from tests.local.test_families import GUIDED, SCALE, USUAL, WAN, keeping, model, ours, recipe, stock, theirs, times
 from tests.pipelines import WORDS
 
 if TYPE_CHECKING:
@@ -72,13 +72,10 @@ def test_a_network_at_another_size_is_the_stock_pipelines(kind, folders, tmp_pat
         pipe.scheduler = type(family.scheduler(steps=3, shift=3.0, stochastic=False))(shift=3.0)
     noise = torch.randn(1, *shape.latent, generator=torch.Generator().manual_seed(2))
 
-    def keep(_pipe, _step, _t, values):
-        kept.append(values["latents"].clone())
-        return values
-
     call = family.sampling(steps=3) | GUIDED.get(kind, USUAL) | {"height": shape.height, "width": shape.width}
-    call |= {"latents": theirs(kind, noise), "output_type": "latent", "callback_on_step_end": keep}
+    call |= {"latents": theirs(kind, noise), "output_type": "latent", **keeping(pipe, kept)}
     pipe(PROMPTS[0], **call)
+    assert len(kept) == 3
     table = Conditions.read(family.encode(PROMPTS, tmp_path))
     x, walk = noise, times(family, pipe)
     for after, now, nxt in zip(kept, walk, walk[1:], strict=False):

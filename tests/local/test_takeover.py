@@ -23,6 +23,7 @@ from raydmd.training.events import EventLog, read_lines
 from raydmd.training.folder import same_run
 from raydmd.training.manifest import NAME, damage
 from raydmd.training.session import FolderSession
+from raydmd.training.store import TRAIN, Store
 from raydmd.training.takeover import TAKEN, checkpoint_at, end_leg, take_over, taken
 from raydmd.training.worker import Job, Worker
 from tests.local.test_worker import PROMPTS, recipe
@@ -49,7 +50,7 @@ def worker_of(r: Recipe, stop_at: int | None = None) -> Worker:
     table = Conditions.read(family.encode(PROMPTS, r.folder / "conditions"))
     teacher = LocalClient(TeacherEngine(load_teacher(family, "fp32", device=torch.device("cpu")), table))
     job = Job(recipe=r, family=family, conditions=table, stop_at=stop_at, taken=taken(r.folder))
-    return Worker(job, teacher, FolderSession(r.folder), EventLog(r.folder / "events.jsonl"))
+    return Worker(job, teacher, FolderSession(r.folder / TRAIN), EventLog(r.folder / "events.jsonl"))
 
 
 def leg(r: Recipe, stop_at: int) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ def test_the_next_step_is_the_donors_own_but_for_the_new_rate(two: tuple[Recipe,
 def test_a_copy_is_linked_and_outlives_the_donor(two: tuple[Recipe, Recipe]) -> None:
     donor, other = two
     there = leg(donor, 2)
-    source = checkpoint_at(donor.folder, 2)
+    source = donor.folder / TRAIN / checkpoint_at(Store.of(donor.folder, None), 2)
     before = (source / PROGRESS).read_text(encoding="utf-8")
     now = derive(other, {"training.fake_updates": 5})
     take_over(now, donor.folder, cycle=2, changes={})
@@ -170,7 +171,7 @@ def test_without_links_it_is_copied(two: tuple[Recipe, Recipe], monkeypatch: pyt
     take_over(other, donor.folder, cycle=2, changes={})
     copy = taken(other.folder)
     assert copy is not None
-    source = checkpoint_at(donor.folder, 2)
+    source = donor.folder / TRAIN / checkpoint_at(Store.of(donor.folder, None), 2)
     names = {f.name for f in source.iterdir()}
     assert names == {f.name for f in copy.iterdir()}
     assert all((copy / n).read_bytes() == (source / n).read_bytes() for n in names - {PROGRESS})
@@ -180,7 +181,7 @@ class Killed(BaseException):
     """Nobody catches it, as nobody catches a kill."""
 
 
-@pytest.mark.parametrize("where", ["link_tree", "_adopt", "_replace", "EventLog"])
+@pytest.mark.parametrize("where", ["link_tree", "_adopt", "replace", "EventLog"])
 def test_one_that_was_interrupted_is_done_again(
     two: tuple[Recipe, Recipe], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +195,7 @@ def test_one_that_was_interrupted_is_done_again(
             source, target = given
             target.mkdir(parents=True)
             (target / PROGRESS).write_bytes((source / PROGRESS).read_bytes())
-        if where != "_replace" or given[0].name == "recipe.yaml":
+        if where != "replace" or given[0].name == "recipe.yaml":
             raise Killed
         whole(*given)
 
@@ -226,7 +227,7 @@ def test_a_full_disk_is_said_and_leaves_the_run_as_it_was(
     with pytest.raises(RunFailed, match=r"can't take over .*No space left"):
         take_over(derive(other, {"training.student.rate": 1e-5}), donor.folder, cycle=2, changes={})
     assert load(other.folder / "recipe.yaml", Recipe()) == other
-    with pytest.raises(RunFailed, match="has no checkpoint of cycle 9"):
+    with pytest.raises(RunFailed, match="there is no checkpoint of cycle 9"):
         take_over(other, donor.folder, cycle=9, changes={})
 
 

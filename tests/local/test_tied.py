@@ -25,8 +25,9 @@ from raydmd.training.session import FolderSession, Session
 from raydmd.training.tied import Tied
 from raydmd.training.worker import Job, Worker
 from tests.local.test_families import PROMPTS, SIZES
-from tests.local.test_two_ranks import Merged, port
+from tests.local.test_two_ranks import port
 from tests.pipelines import WORDS
+from tests.ranks import OneOfSome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,13 +149,13 @@ def two_ranks(rank: int, where: int, folder: Path) -> None:
     for sharding in ("ddp", "fsdp"):
         r = ranked(folder, sharding)
         r.folder.mkdir(parents=True, exist_ok=True)
-        state = train(r, Merged(r.folder, rank), tied=True).state()
+        state = train(r, OneOfSome(r.folder, rank), tied=True).state()
         whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
         torch.save({k: v.clone() for k, v in whole.items()}, folder / f"{sharding}-{rank}.pt")
         dist.barrier()
     half = derive(ranked(folder, "fsdp"), {"name": "half", "training.precision": "bf16"})
     half.folder.mkdir(parents=True, exist_ok=True)
-    train(half, Merged(half.folder, rank), tied=True)  # bf16 networks and fp32 adapters in one group of FSDP's
+    train(half, OneOfSome(half.folder, rank), tied=True)  # bf16 networks and fp32 adapters in one group of FSDP's
     dist.destroy_process_group()
 
 

@@ -14,9 +14,11 @@ from raydmd.errors import InputError, RunFailed
 from raydmd.recipe import Recipe
 from raydmd.tracking import tracker as trackers
 from raydmd.tracking.tracker import Tracker
-from raydmd.training.folder import locked, trained
+from raydmd.training.events import METRICS, EventLog
+from raydmd.training.folder import UNSENT, trained
+from raydmd.training.lock import locked
 from raydmd.training.students import EVALUATIONS
-from raydmd.training.tracked import METRICS, UNSENT, hand_over, send
+from raydmd.training.tracked import hand_over, send
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,12 +118,14 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_final_checkpoint_counts_once_the_worker_says_it_has_arrived(tmp_path: Path) -> None:
-    final = tmp_path / "train" / "cycle-00000010-final"
-    final.mkdir(parents=True)
-    (final / "progress.json").write_text("{}")
     assert trained(tmp_path) is None
-    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "finished", "cycle": 10}\n')
-    assert trained(tmp_path) == final
+    events = EventLog(tmp_path / "events.jsonl")
+    events.write("checkpoint", name="cycle-00000010-final")
+    assert trained(tmp_path) is None
+    events.write("finished", cycle=10, checkpoint="cycle-00000010-final")
+    assert trained(tmp_path) == "cycle-00000010-final"
+    events.write("fallback", checkpoint="cycle-00000008", message="it was damaged")
+    assert trained(tmp_path) is None
 
 
 def test_a_folder_whose_process_is_about_to_go_is_waited_for(tmp_path: Path) -> None:

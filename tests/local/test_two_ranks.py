@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,9 @@ from raydmd.training.session import FolderSession
 from raydmd.training.worker import Job, Worker
 from tests.local.test_families import PROMPTS as FAMILY_PROMPTS
 from tests.local.test_families import recipe as family_recipe
-from tests.local.test_gan import TwoRanks
 from tests.local.test_presets import build, recipe
 from tests.pipelines import WORDS
+from tests.ranks import OneOfSome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +51,7 @@ def one_of_two(rank: int, where: int, output: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{where}", rank=rank, world_size=2)
     for name in RUNS:
         r = recipe_of(name, output / "two")
-        worker = build(r, TwoRanks(r.folder, rank))
+        worker = build(r, OneOfSome(r.folder, rank))
         assert worker.run() == "finished"
         state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in worker.state().items()}
         torch.save({k: v.clone() for k, v in state.items()}, r.folder / f"rank{rank}.pt")
@@ -93,16 +92,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-class Merged(TwoRanks):
-    """A rank of two whose checkpoints hold both ranks' parts, as Ray's storage merges them."""
-
-    def report(self, metrics, checkpoint=None, name=None) -> None:
-        self.reports.append(dict(metrics))
-        if checkpoint is not None and name is not None:
-            shutil.copytree(checkpoint, self.folder / name, dirs_exist_ok=True)
-            dist.barrier()
-
-
 def long_recipe(kind: str, folder: Path, name: str) -> Recipe:
     r = family_recipe(kind, folder / kind, folder, {"name": "dmd2"}, None)
     # AdamW's usual eps lets gradients of rounding's size make whole steps, whose signs differ.
@@ -128,10 +117,10 @@ def sharded(rank: int, where: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{where}", rank=rank, world_size=2)
     for kind in KINDS:
         whole, parts = long_recipe(kind, folder, "two"), long_recipe(kind, folder, "parts")
-        state = run(whole, Merged(whole.folder, rank))
+        state = run(whole, OneOfSome(whole.folder, rank))
         if rank == 0:
             torch.save(state, folder / f"{kind}.pt")
-        run(parts, Merged(parts.folder, rank), stop_at=7)
+        run(parts, OneOfSome(parts.folder, rank), stop_at=7)
     dist.destroy_process_group()
 
 

@@ -1,15 +1,19 @@
-"""A process that hangs is ended by its watchdog, and what it hung in is told by the next one."""
+"""A process that hangs is ended by its watchdog, and what it hung in is kept for the driver to tell."""
 
 from __future__ import annotations
 
+import faulthandler
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from raydmd.training.events import EventLog, read_lines
-from raydmd.training.watchdog import DUMPED, STACKS, Watchdog
+from raydmd.training.watchdog import DUMPED, STACKS, Watchdog, kept, posts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.local, pytest.mark.timeout(120)]
 
@@ -24,32 +28,43 @@ def waits_for_nobody():
 dog = Watchdog(Path(sys.argv[1]), rank=3, world=8, seconds=1.0)
 dog.doing("cycle 6")
 dog.doing("cycle 7")
+dog.waits("waits for replica r-1")
 waits_for_nobody()
 """
 
 
-def test_stacks_are_kept_and_told(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def _awake() -> Iterator[None]:
+    """No watchdog of this process outlives its test."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_stacks_are_kept_and_told_once(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], timeout=60, check=False)
     assert done.returncode == 1
     text = (tmp_path / STACKS / "rank00003.txt").read_text()
     first, _, rest = text.partition("\n")
-    assert first.startswith("rank 3 of 8, ")
-    assert first.endswith(": cycle 7")
+    assert first.startswith("rank 3 of 8 on ")
+    assert first.endswith(": cycle 7; waits for replica r-1")
     assert DUMPED in rest
     assert "waits_for_nobody" in rest
+    post = posts(tmp_path)[3]
+    assert (post.line(), post.doing, post.world) == (first, "cycle 7", 8)
+    assert post.peak >= post.resident > 5
 
-    after = Watchdog(tmp_path, rank=3, world=8, seconds=60)
-    log = EventLog(tmp_path / "events.jsonl")
-    after.tell(log)
-    after.doing("cycle 1")
-    [event] = read_lines(tmp_path / "events.jsonl")
-    assert (event["event"], event["doing"]) == ("stalled", first)
-    assert Path(event["stacks"]).read_text() == text
-    after.close()
-    assert [f.name for f in (tmp_path / STACKS).iterdir()] == [Path(event["stacks"]).name]
+    Watchdog(tmp_path, rank=0, world=8, seconds=60).doing("cycle 1")  # killed, so that its file stays
+    [(file, line)] = kept(tmp_path).items()
+    assert (line, file.read_text()) == (first, text)
+    assert [f.name for f in (tmp_path / STACKS).iterdir()] == [file.name]
+    assert not kept(tmp_path)
 
-    Watchdog(tmp_path, rank=3, world=8, seconds=60).tell(log)  # told once
-    assert len(list(read_lines(tmp_path / "events.jsonl"))) == 1
+
+def test_a_larger_group_before_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    for rank in range(3):
+        Watchdog(tmp_path, rank=rank, world=3, seconds=60).doing("cycle 1")
+    Watchdog(tmp_path, rank=0, world=1, seconds=60).doing("cycle 2")
+    assert [p.doing for p in posts(tmp_path).values()] == ["cycle 2"]
 
 
 def test_one_that_gets_on_is_left_alone(tmp_path: Path) -> None:

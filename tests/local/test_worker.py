@@ -48,13 +48,13 @@ def recipe(pipeline: Path, output: Path, **changes) -> Recipe:
         Recipe(name="run", output=output, deterministic=True),
         {
             "model": {"path": str(pipeline), **SIZE},
+            "checkpoints.every": 2,
             "training": {
                 "cycles": 6,
                 "batch": 4,
                 "fake_updates": 2,
                 "fake_warmup": 1,
                 "precision": "fp32",
-                "checkpoint_every": 2,
                 "report_every": 1,
                 "ema": 0.9,
                 "decay": 0.5,

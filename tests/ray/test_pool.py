@@ -125,6 +125,7 @@ def test_a_nan_is_raised_as_itself_and_not_retried(client: PoolClient) -> None:
         with pytest.raises(NonFiniteError, match="'request 60', sample 2") as caught:
             pending.result()
         assert type(caught.value) is NonFiniteError
+        assert caught.value.samples == (2,)
     wrong = helpers.ask(61, expert="low")
     wrong.t.fill_(1.0)
     with pytest.raises(InputError, match=r"asks expert 'low', its times .* belong to \['high'\]"):
@@ -190,7 +191,11 @@ def _until_busy(pool: Pool, name: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: Pool, folder: Path) -> None:
+def test_a_hung_replica_is_told_and_answered_for_by_the_other(pool: Pool, folder: Path) -> None:
+    told: list[str] = []
+    once_more: list[tuple[str, str]] = []
+    spec = pool.client_spec()
+    client = PoolClient(spec, "rank 0", waits=told.append, again=lambda *said: once_more.append(said))
     before = pids(pool)
     request = helpers.ask(300)
     right = expected(folder, request)
@@ -202,6 +207,10 @@ def test_a_hung_replica_is_answered_for_by_the_other(client: PoolClient, pool: P
     assert torch.equal(reply.answer.value, right)
     assert reply.replica != victim
     assert client.retries == 1
+    assert once_more == [("request 300", f"replica {victim!r} was silent for 4 s")]
+    assert f"waits for replica {victim!r} of pool " in told[0]
+    assert "request 'request 300'" in told[0]
+    assert told[-1] == ""
     assert 3.0 < pending.waited < 20.0
     assert client.health()[victim] == "suspect"
     # Later requests avoid it; it is alive all the while.

@@ -29,7 +29,8 @@ POPULATION: dict[str, Any] = {
     "parallel": 1,
     "recipe": {
         **SWEEP["recipe"],
-        "training": {**SWEEP["recipe"]["training"], "cycles": 100, "checkpoint_every": 20},
+        "training": {**SWEEP["recipe"]["training"], "cycles": 100},
+        "checkpoints.every": 20,
         "evaluation": {"every": 50, "samples": 16, "teacher_steps": 3, "grid": 2},
         # Two workers have no room beside the teacher: a placement group that stayed would keep the next leg waiting.
         "placement": {"worker_cpus": 1.0, "teacher_cpus": 0.25},

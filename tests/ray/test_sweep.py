@@ -21,6 +21,8 @@ from diffusers import DiffusionPipeline
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from tests.listening import far, listening
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parents[2]
@@ -41,9 +43,9 @@ SWEEP: dict[str, Any] = {
             "fake_updates": 1,
             "precision": "fp32",
             "report_every": 10,
-            "checkpoint_every": 40,
             "student": {"lora": None},
         },
+        "checkpoints.every": 40,
         "evaluation": {"every": 80, "samples": 16, "teacher_steps": 3, "grid": 2},
         "placement": {"worker_cpus": 0.5, "teacher_cpus": 0.25},
         "monitor.diversity": None,
@@ -94,6 +96,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.5)
+    assert not far(listening(first.pid), groups=2)  # two trials at a time
     first.send_signal(signal.SIGINT)
     out, _ = first.communicate(timeout=200)
     assert first.returncode == 3, out

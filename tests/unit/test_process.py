@@ -109,3 +109,11 @@ def test_the_stock_scheduler_walks_the_students_grid(steps, mu):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=stretch, shift_terminal=terminal)
     scheduler.set_timesteps(steps)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor(step_grid(steps, mu)), rtol=0, atol=1e-6)
+
+
+def test_a_shift_leaves_both_ends_where_they_are():
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for mu in (*torch.rand(200, dtype=torch.float64).mul(12).add(0.01).tolist(), 0.1, 0.9, 3.0, 7.0):
+        assert shift(ends, mu).tolist() == [0.0, 1.0], mu
+        assert unshift(ends, mu).tolist() == [0.0, 1.0], mu
+        assert all(0.0 <= t <= 1.0 for t in step_grid(7, mu)), mu

@@ -166,11 +166,32 @@ def test_aliases_lead_to_keys() -> None:
         (["training.cycles=[1"], "no YAML"),
         (["seed=1", "seed=2"], "'seed' is given twice"),
         (["training.batch=10", "placement.workers=3"], "does not divide"),
+        (["placement.workers_least=1"], "is no less than workers=1"),
+        (["placement.resize_every=5"], "does nothing with a fixed number of workers"),
+        (["placement.workers=2", "placement.workers_least=1"], "counts what nodes have, not what is free on them"),
+        (
+            [
+                *("placement.workers=2", "placement.workers_least=1"),
+                *("placement.worker_resources={gpu: 1}", "placement.teacher_resources={gpu: 1}"),
+            ],
+            "gpu is of teacher_resources too",
+        ),
+        (
+            [
+                "training.batch=16",
+                "placement.workers=4",
+                "placement.workers_least=2",
+                "placement.worker_resources={t: 1}",
+            ],
+            "training.batch=16 does not divide over 3 workers, which placement.workers_least=2 allows",
+        ),
+        (["placement.samplers=1", "training.sample_log=true"], "does not see what placement.samplers draw"),
         (["training.phase_split=[1]"], "1 entries for 2 phase"),
         (["training.cycles=1"], "leaves some of 2 phases none"),
         (["name=a/b"], "name: "),
         (["placement.teacher=local", "placement.teachers=2"], "teachers=2 does nothing with"),
         (["placement.teacher=local", "placement.teacher_gpus=1"], "teacher_gpus=1.0 does nothing"),
+        (["placement.reward_resources={GPU: 1}"], "reward_resources are custom resources; GPU has keys of its own"),
         (["placement.teacher_gpus=1.5"], "teacher_gpus=1.5: Ray gives parts of one GPU, or whole ones"),
         (["method.normaliser=none", "method.normaliser_floor=0.1"], "does nothing with"),
         (["training.student.lora.targets=[]"], "at least 1"),
@@ -245,7 +266,7 @@ def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
 
 def test_a_rollback_s_checkpoints_are_kept() -> None:
     assert Recipe().checkpoints_kept == 3
-    r = combine(Recipe(), overrides=["monitor.action=rollback", "training.checkpoint_every=20"])
+    r = combine(Recipe(), overrides=["monitor.action=rollback", "checkpoints.every=20"])
     assert r.checkpoints_kept > r.monitor.lookback / 20 + 1
 
 

@@ -357,8 +357,11 @@ def test_a_clip_with_nan_is_named(clip_folder: Path) -> None:
     pixels = clips()
     pixels[1, 0, 0, 5, 5] = torch.nan
     reward = ClipScore(ClipEncoder.load(str(clip_folder), frames=2))
-    with pytest.raises(NonFiniteError, match=r"'clip', sample 71 \(prompt 'a dog.*bad samples.*\[71\]; its pixels"):
+    with pytest.raises(
+        NonFiniteError, match=r"'clip', sample 71 \(prompt 'a dog.*bad samples.*\[71\]; its pixels"
+    ) as caught:
         reward.score(pixels, PROMPTS, [70, 71, 72])
+    assert caught.value.samples == (1,)
 
 
 def test_settings_build_the_sum_and_idle_ones_are_refused(clip_folder: Path) -> None:

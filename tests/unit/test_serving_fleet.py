@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from raydmd.serving.attendance import Attendance, News
 from raydmd.serving.fleet import DRAIN, GIVE_UP, NOTICE, WINDOW, Fleet, Move, Stage, Start, Stop
 from raydmd.serving.leases import Leases
+from raydmd.serving.order import Look, ReplicaLook
 from raydmd.serving.scaling import Pace, Scaler, assign
 
 pytestmark = pytest.mark.unit
@@ -261,3 +263,29 @@ def test_load_is_a_matter_of_the_last_seconds() -> None:
             d.hear(name, open_requests=0, busy=busy)
         d.step(0, least=1, most=2)
     assert set(d.fleet.slots) == {"pool/0"}
+
+
+def test_who_is_lost_and_who_is_back_is_news_once() -> None:
+    attendance = Attendance()
+
+    def news(last_error: str = "", **replicas: tuple[str, str]) -> list[News]:
+        seen = {name: ReplicaLook(stage, (), error, None, 0.0) for name, (stage, error) in replicas.items()}
+        return attendance.news(Look("pool", seen, (), "", last_error))
+
+    assert attendance.news(None) == []
+    assert attendance.news(None) == [News("keeper", "lost", "no answer")]
+    assert attendance.news(None) == []
+    assert news() == [News("keeper", "back")]
+    assert attendance.news(None) == []
+    assert news() == []
+    assert news(a=("loading", ""), b=("loading", "")) == []
+    assert news(a=("ready", ""), b=("loading", "")) == []
+    assert news(a=("ready", ""), b=("loading", "its process died\nbecause")) == [News("b", "lost", "its process died")]
+    assert news(a=("loading", "killed"), b=("loading", "its process died")) == [News("a", "lost", "killed")]
+    assert news(a=("ready", ""), b=("moving", "")) == [News("a", "back"), News("b", "back")]
+    assert news(a=("ready", "no answer to a ping"), b=("ready", "")) == [News("a", "lost", "no answer to a ping")]
+    assert news(a=("loading", ""), b=("loading", "")) == [News("b", "lost")]  # of another keeper, which starts them
+    assert news(a=("ready", ""), b=("ready", "")) == [News("a", "back"), News("b", "back")]
+    assert news(a=("leaving", ""), b=("ready", "")) == []
+    assert news(b=("ready", "")) == []
+    assert news("it ran out of memory") == [News("b", "lost", "it ran out of memory")]

@@ -140,8 +140,9 @@ def test_no_gradient_and_no_autocast_reach_the_answer() -> None:
 def test_non_finite_answers_name_request_and_sample() -> None:
     request = ask(3, 3)
     request.x_t[1, 0, 0] = 99
-    with pytest.raises(NonFiniteError, match=r"'request 3', sample 1 .*: 1 of 8 values"):
+    with pytest.raises(NonFiniteError, match=r"'request 3', sample 1 .*: 1 of 8 values") as caught:
         answer(experts(), CONDITIONS, [ask(0), request])
+    assert caught.value.samples == (1,)
     request.x_t[1, 0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match="its x_t was not finite already"):
         answer(experts(), CONDITIONS, [request])

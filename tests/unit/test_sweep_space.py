@@ -160,7 +160,7 @@ def test_a_space_of_too_many_corners_is_looked_at_on_all_sides() -> None:
     many: dict[str, Any] = {
         f"training.{r}.{k}": {"low": 1e-6, "high": 1e-4} for r in ("student", "fake") for k in rates
     }
-    counts = ("batch", "fake_updates", "report_every", "checkpoint_every")
+    counts = ("batch", "fake_updates", "report_every", "fake_warmup")
     many |= {f"training.{key}": {"low": 2, "high": 4} for key in counts}
     assert 2 ** (len(far) + len(many)) > CORNERS
     with pytest.raises(InputError, match=r"training\.ema"):

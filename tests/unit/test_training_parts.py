@@ -7,14 +7,17 @@ import ray
 import torch
 import yaml
 
-from raydmd.errors import InputError, RunFailed
+from raydmd.errors import InputError, RunFailed, RunStopped
 from raydmd.models.base import Conditions
 from raydmd.recipe import Recipe, Training, derive
 from raydmd.recipe_placement import Placement
 from raydmd.serving.joining import reachable
-from raydmd.training.cluster import check_room, connect
-from raydmd.training.events import read_from
+from raydmd.training.attempts import wait_for_room
+from raydmd.training.cluster import check_room, connect, lacks_room
+from raydmd.training.events import EventLog, read_from
 from raydmd.training.plan import CyclePlan
+from raydmd.training.sample_log import SampleLog
+from raydmd.training.session import FolderSession
 from raydmd.training.stream import Stream
 
 pytestmark = pytest.mark.unit
@@ -49,6 +52,41 @@ def test_any_world_size_sees_the_same_samples():
     assert whole.conditions == parts[0].conditions + parts[1].conditions
     noise = torch.cat([p.draws.normal("noise", (2,)) for p in parts])
     assert torch.equal(whole.draws.normal("noise", (2,)), noise)
+
+
+def test_the_sample_log_of_any_world_size_names_the_same_samples_and_noise(tmp_path):
+    def logged(world: int) -> dict[int, tuple]:
+        recipe = Recipe(output=tmp_path, name=f"of{world}", training=Training(sample_log=True))
+        recipe.folder.mkdir()
+        for rank in range(world):
+            session = FolderSession(recipe.folder)
+            session.rank, session.world = rank, world
+            log = SampleLog(recipe, session, "group")
+            draws = _stream(rank, world, log=log).batch(3, "fake.0").draws
+            draws.normal("noise", (2,))
+            draws.uniform("t")
+            draws.shared("exit")
+            log.write()
+            log.write()
+        lines = [line for file in sorted((recipe.folder / "sample-log").iterdir()) for line in read_from(file, 0)[0]]
+        assert [(x["cycle"], x["slot"], x["world"]) for x in lines] == [(3, "fake.0", world)] * world
+        found = {}
+        for line in lines:
+            for position, row, noise in zip(line["positions"], line["rows"], line["noise"], strict=True):
+                found[position] = (row, noise, line["shared"])
+        return found
+
+    whole = logged(1)
+    assert len(whole) == 4
+    assert len({noise for _, noise, _ in whole.values()}) == 4
+    assert logged(2) == logged(4) == whole
+
+
+def test_the_sample_log_is_off_unless_asked_for(tmp_path):
+    log = SampleLog(Recipe(output=tmp_path), FolderSession(tmp_path), "group")
+    assert _stream(0, 1, log=log).batch(0, "student").draws.witness is None
+    log.write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_updates_that_a_monitor_adds_move_nobody_elses():
@@ -115,6 +153,58 @@ def test_a_cluster_without_room_is_refused_with_the_table():
         check_room(recipe, [{"CPU": 3.0}])
     with pytest.raises(InputError, match="too little trainer"):
         check_room(derive(recipe, {"placement.worker_resources": {"trainer": 1}}), [{"CPU": 8.0}])
+    rewarded = derive(recipe, {"method.name": "amd", "method.adapt.rewards": [{"kind": "clip", "path": "x"}]})
+    rewarded = derive(rewarded, {"placement.reward_resources": {"reward": 1}})
+    check_room(rewarded, [{"CPU": 8.0, "reward": 1.0}])
+    with pytest.raises(InputError, match="too little reward"):
+        check_room(rewarded, [{"CPU": 8.0}])
+
+
+def test_a_run_that_may_shrink_needs_room_for_what_ray_train_begins_with():
+    p = Placement(workers=4, workers_least=1, worker_cpus=1, teacher_cpus=1, worker_resources={"trainer": 1})
+    recipe = Recipe(training=Training(batch=12), placement=p)
+    head = {"CPU": 1.0}  # for the teacher
+    check_room(recipe, [head, {"CPU": 1.0, "trainer": 1.0}])
+    check_room(recipe, [head, {"CPU": 8.0, "trainer": 4.0}])
+    with pytest.raises(InputError, match=r"(?s)too little trainer.*1 x worker"):
+        check_room(recipe, [head, {"CPU": 8.0}])
+    # Ray Train would begin with two here, though one of the CPUs is the teacher's.
+    with pytest.raises(InputError, match=r"(?s)too little CPU.*2 x worker"):
+        check_room(recipe, [{"CPU": 2.0, "trainer": 2.0}])
+
+
+def test_room_for_the_workers_alone_is_waited_for():
+    p = Placement(workers=2, worker_cpus=1, teachers=9, worker_resources={"trainer": 1})
+    recipe, node = Recipe(placement=p), {"CPU": 1.0, "trainer": 1.0}
+    assert not lacks_room(recipe, [node, node])
+    lack = lacks_room(recipe, [node])
+    assert lack == "no room for 2 workers of CPU 1, trainer 1 each: 1 node with CPU 1, trainer 1 in all"
+    fewer = derive(recipe, {"placement.workers_least": 1})
+    assert not lacks_room(fewer, [node])
+    assert lacks_room(fewer, [{"CPU": 8.0}]).startswith("no room for 1 worker of")
+
+
+def test_a_run_waits_for_room_and_not_for_ever(tmp_path, capsys):
+    node = {"CPU": 1.0}
+    recipe = Recipe(output=tmp_path, placement=Placement(workers=2, worker_cpus=1, room_timeout=0.2))
+    recipe.folder.mkdir()
+    file = recipe.folder / "events.jsonl"
+    seen: list[int] = []
+
+    def nodes() -> list[dict[str, float]]:
+        return [node] if len(seen) < 3 else [node, node]
+
+    wait_for_room(recipe, EventLog(file), lambda: seen.append(1), nodes, pause=0.01)
+    assert len(seen) == 3
+    [told] = read_from(file, 0)[0]
+    assert told["event"] == "waiting"
+    assert told["message"].startswith("no room for 2 workers of CPU 1 each: 1 node with CPU 1 in all")
+    assert "placement.room_timeout" in capsys.readouterr().out
+    with pytest.raises(RunFailed, match=r"no room for 2 workers .* for placement.room_timeout=0.2 s"):
+        wait_for_room(recipe, EventLog(file), lambda: None, lambda: [node], pause=0.01)
+    (recipe.folder / "STOP").touch()
+    with pytest.raises(RunStopped, match="the same command resumes"):
+        wait_for_room(recipe, EventLog(file), lambda: None, lambda: [node], pause=0.01)
 
 
 def test_room_is_counted_per_node_not_in_sum():
@@ -150,7 +240,7 @@ def test_resuming_with_another_recipe_is_refused_by_the_key_that_differs(tmp_pat
     recipe.folder.mkdir()
     same_run(recipe, recipe.folder)
     (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml())
-    same_run(derive(recipe, {"placement.workers": 2, "training.checkpoint_every": 7}), recipe.folder)
+    same_run(derive(recipe, {"placement.workers": 2, "checkpoints.every": 7}), recipe.folder)
     older = yaml.safe_load(recipe.to_yaml())
     del older["data"]["sizes"], older["model"]["lora"]  # keys that came after it was started
     (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(older))
