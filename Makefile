@@ -42,7 +42,7 @@ test-sweeps: $(READY) ## sweeps that are stopped, killed and joined by a second 
 chaos: $(READY) ## kill everything at every moment, 46 faults, and see that runs end the same
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 
-soak: $(READY) ## faults at random for half an hour, and the quality after them (50 minutes)
+soak: $(READY) ## 24 faults at random moments, and the quality after them (40 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos.soak
 
 sweep: $(READY) ## twelve trials of Decoupled DMD's schedules on one teacher, to best, front, page and verdict (22 minutes)

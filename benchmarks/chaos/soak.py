@@ -1,12 +1,14 @@
-"""Faults at random moments for half an hour, as many as four hours with one every ten minutes have; then the quality.
+"""Faults at random moments, as many as four hours with one every ten minutes have, in half an hour; then the quality.
 
     python -m benchmarks.chaos.soak
     python -m benchmarks.chaos.soak --seed 7
 
 The demo's run, with more updates, is made twice: undisturbed, and with faults whose kinds and gaps are drawn from
-``--seed``. A command that ends is given again, whatever it ended with. Then both students' figures stand side by side,
-with whether the final checkpoints have the same bits. Ends with 1 if they have not, if a fault left no word in the
-event log, or if MLflow lacks a step. What it did and found goes to the terminal and to ``--output``.
+``--seed``; how long a gap is on average follows from the undisturbed run, so that all faults come while it trains, on
+a quick machine and on a slow one. A command that ends is given again, whatever it ended with. Then both students'
+figures stand side by side, with whether the final checkpoints have the same bits. Ends with 1 if they have not, if
+training was over before the last fault, if one left no word in the event log, or if MLflow lacks a step. What it did
+and found goes to the terminal and to ``--output``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
 """How often each is drawn, whom it befalls (the driver, if nobody is named), and what of it the log must tell."""
 HOURS, FAULTS = 4.0, 24
 """What is compressed: so many hours with so many faults."""
-MINUTES = 30.0
+COST = 30.0
+"""Seconds that a fault takes of a run, about."""
+HASTE = 0.85
+"""Of the mean gap with which the last fault would come as training ends: it shall come before."""
 WHILE = 15.0
 """Seconds that a process stands still for a while."""
 LEAST = 20.0
@@ -115,6 +120,13 @@ class Soaked:
         self.start()
         return False
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long, or until the run is done."""
+        end = time.monotonic() + seconds
+        while not (done := self.ended()) and time.monotonic() < end:
+            time.sleep(0.2)
+        return done
+
     def events(self) -> list[dict[str, Any]]:
         """The run's log."""
         return list(read_lines(self.folder / "events.jsonl"))
@@ -149,10 +161,10 @@ def befall(run: Soaked, kind: str, draw: random.Random) -> dict[str, Any] | None
     """Do a fault.
 
     Returns:
-        What was done when and to whom; ``None`` if the run was done before there was anybody.
+        What was done when and to whom; ``None`` if training was over, of which nobody goes on from a checkpoint.
     """
     _, title, _ = KINDS[kind]
-    if kind == CUT_OFF and checks.trained(run.folder):  # nobody goes on from what is left of training
+    if checks.trained(run.folder):
         return None
     deadline = time.monotonic() + VICTIM
     while not (found := run.victims(title)) or (kind == CUT_OFF and newest(run.folder) is None):
@@ -199,21 +211,20 @@ def cut_off(checkpoint: Path | None, draw: random.Random) -> Path:
 
 
 def disturbed(run: Soaked, seed: int, mean: float) -> list[dict[str, Any]]:
-    """Make the run with faults until it is done; returns them."""
+    """Make the run with all its faults, or those that come before training is over; returns them.
+
+    Args:
+        run: not started yet.
+        seed: draws kinds and gaps.
+        mean: seconds between two faults.
+    """
     draw, faults = random.Random(seed), list[dict[str, Any]]()
     kinds, weights = list(KINDS), [weight for weight, _, _ in KINDS.values()]
     begun = time.monotonic()
     run.start()
-    while True:
-        at = time.monotonic() + LEAST + draw.expovariate(1 / (mean - LEAST))
-        if time.monotonic() - begun > MINUTES * 60:
-            at += END
-        while time.monotonic() < at:
-            if run.ended():
-                return faults
-            time.sleep(0.2)
-        if time.monotonic() - begun > MINUTES * 60 + END:
-            raise SystemExit(f"the run did not end within {END:g} s of its last fault; see {run.log}")
+    for _ in range(FAULTS):
+        if run.ends_within(LEAST + draw.expovariate(1 / (mean - LEAST))):
+            return faults
         [kind] = draw.choices(kinds, weights)
         if fault := befall(run, kind, draw):
             faults.append(fault)
@@ -221,6 +232,9 @@ def disturbed(run: Soaked, seed: int, mean: float) -> list[dict[str, Any]]:
             at_cycle = int(rows[-1]["cycle"]) if rows else 0
             fault |= {"after": time.monotonic() - begun, "cycle": at_cycle}
             print(f"{fault['after'] / 60:5.1f} min  cycle {at_cycle:4d}  {kind}", flush=True)
+    if not run.ends_within(END):
+        raise SystemExit(f"the run did not end within {END:g} s of its last fault; see {run.log}")
+    return faults
 
 
 def tell(faults: list[dict[str, Any]], events: list[dict[str, Any]], ends: list[int]) -> list[str]:
@@ -231,7 +245,8 @@ def tell(faults: list[dict[str, Any]], events: list[dict[str, Any]], ends: list[
         events: of the run.
         ends: what the command ended with, each time.
     """
-    wrong, told = list[str](), ("restart", "replica", "start", "resume", "fallback", "damaged", "stopped", "stalled")
+    wrong = [] if len(faults) == FAULTS else [f"training was over after {len(faults)} faults of {FAULTS}"]
+    told = ("restart", "replica", "start", "resume", "fallback", "damaged", "stopped", "stalled")
     until = [*(f["time"] for f in faults[1:]), float("inf")]
     for fault, end in zip(faults, until, strict=True):
         after = [e for e in events if e["time"] > fault["time"] and e["event"] in told]
@@ -261,9 +276,9 @@ def rendered(found: dict[str, Any]) -> str:
         "# Soak",
         "    make soak",
         f"The demo's run with {found['cycles']} student updates, once undisturbed and once with {len(found['faults'])} "
-        f"faults of kinds and at moments drawn at random (seed {found['seed']}), one in {found['mean']:.0f} s: what "
-        f"{HOURS:g} hours with one every {HOURS * 60 / FAULTS:g} minutes have. The command was given {found['starts']} "
-        f"times; it ended with {', '.join(map(str, found['ends']))}. {'Same' if found['same_bits'] else 'OTHER'} bits "
+        f"faults of kinds and at moments drawn at random (seed {found['seed']}), one in {found['mean']:.0f} s: as many "
+        f"as {HOURS:g} hours with one every {HOURS * 60 / FAULTS:g} minutes have. The command was given "
+        f"{found['starts']} times; it ended with {', '.join(map(str, found['ends']))}. {'Same' if found['same_bits'] else 'OTHER'} bits "
         "in the final checkpoints: students, fake scores, their optimizers and averages, and the exported pipelines.",
         "\n".join(["| fault | times |", "|---|---|", *(f"| {k} | {n} |" for k, n in counts.items())]),
         "\n".join(
@@ -302,7 +317,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it has started is ended
     folder = args.folder.absolute() / code()
     runs, times = dict[str, Soaked](), dict[str, float]()
-    faults, mean = list[dict[str, Any]](), MINUTES * 60 / FAULTS
+    faults, mean = list[dict[str, Any]](), LEAST
     for name in ("undisturbed", "disturbed"):
         ready = folder / name / f"{args.cycles}-updates-undisturbed"
         if ready.is_file():  # of an earlier try with the same code
@@ -313,6 +328,7 @@ def main() -> None:
         runs[name] = run
         try:
             if name == "disturbed":
+                mean = max(1.5 * LEAST, HASTE * (times["undisturbed"] * 60 / FAULTS + COST))
                 faults = disturbed(run, args.seed, mean)
             else:
                 run.start()

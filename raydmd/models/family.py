@@ -123,6 +123,19 @@ class Family(Encoding):
         """
         return self._fit(height=height, width=width, frames=frames, key=key)
 
+    def prompt_tokens(self, lengths: Mapping[str, int]) -> int:
+        """Tokens of a prompt as the network sees it; where prompts are as long as they are, the most.
+
+        Args:
+            lengths: those that are known without a tokenizer: ``text``, and ``clip`` where there is one beside it.
+        """
+        return lengths.get("text") or self.text_length() if self.text_width else 1
+
+    def pooled_width(self) -> int | None:
+        """Width of a prompt's pooled vector; ``None`` where the network takes none."""
+        width: int | None = self._config(self._kind(), self.routing().experts[0]).get("pooled_projection_dim")
+        return width
+
     def experts_held(self) -> tuple[str, ...]:
         """Experts that the pipeline class has a place for."""
         return (self.network,)

@@ -124,6 +124,10 @@ class StableDiffusion3(Family):
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""
         return self._length(T5_LENGTH, "tokenizer_3")
 
+    def prompt_tokens(self, lengths: Mapping[str, int]) -> int:
+        """See :class:`~raydmd.models.family.Family`; CLIP's stand before T5's."""
+        return super().prompt_tokens(lengths) + (lengths.get("clip") or int(self._tokenizer().model_max_length))
+
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
         """See :class:`~raydmd.models.family.Family`."""
         return own_flow_scheduler(steps=steps, shift=shift, stochastic=stochastic)

@@ -189,6 +189,11 @@ class StableDiffusionXL(Family):
         """See :class:`~raydmd.models.family.Family`; the tokenizer's own."""
         return _length(self, self._settings, self._tokenizer())
 
+    def pooled_width(self) -> int:
+        """See :class:`~raydmd.models.family.Family`; the six numbers of the picture's size and crop stand beside it."""
+        config = self._config(UNet2DConditionModel, "unet")
+        return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
+
     def scheduler(self, *, steps: int, shift: float, stochastic: bool) -> Any:
         """See :class:`~raydmd.models.family.Family`."""
         return table_scheduler(self.process, self.prediction, steps=steps, stochastic=stochastic)

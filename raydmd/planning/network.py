@@ -78,7 +78,7 @@ class Networks:
         self._family, self._lengths = family, dict(lengths)
         self._expert = family.routing().experts[0]
         config = family._config(family._kind(), self._expert)
-        self._facts = [config, prompt_lengths(family, self._lengths)]
+        self._facts = [config, family.prompt_tokens(self._lengths)]
         self._first: Denoiser | None = None
         self.asked: dict[str, dict[str, Any]] = {}
 
@@ -243,31 +243,18 @@ def reduce(network: nn.Module, more: Signature | None = None) -> dict[Signature,
 
 def blank(family: Family, rows: int, latent: tuple[int, ...], lengths: Mapping[str, int]) -> Conditions:
     """Conditions of the shapes that a family's prompts have, nothing masked."""
-    config = family._config(family._kind(), family.routing().experts[0])
-    length = prompt_lengths(family, lengths)
     if not family.text_width:
         return Conditions(embeds=torch.zeros(rows, 1, 1))
+    config = family._config(family._kind(), family.routing().experts[0])
+    length = family.prompt_tokens(lengths)
     found: dict[str, torch.Tensor] = {"embeds": torch.zeros(rows, length, config[family.text_width])}
     if family.masked:
         found["mask"] = torch.ones(rows, length, dtype=torch.bool)
-    if family.pipeline.__name__ == "StableDiffusionXLPipeline":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    if pooled := family.pooled_width():
         found["pooled"] = torch.zeros(rows, pooled)
-    elif "pooled_projection_dim" in config:
-        found["pooled"] = torch.zeros(rows, config["pooled_projection_dim"])
     if family.pictures:
         found["picture"] = torch.zeros(rows, *latent)
     return Conditions(**found)
-
-
-def prompt_lengths(family: Family, lengths: Mapping[str, int]) -> int:
-    """Tokens of a prompt as the network sees it; where prompts are as long as they are, the most."""
-    if not family.text_width:
-        return 1
-    own = lengths.get("text") or family.text_length()
-    if family.pipeline.__name__ == "StableDiffusion3Pipeline":
-        return own + (lengths.get("clip") or int(family._tokenizer().model_max_length))
-    return own
 
 
 @cache

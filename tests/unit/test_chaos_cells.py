@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.chaos.cells import CYCLES, KINDS, LEFT_OUT, MOMENTS, Cell, absent, cells, recovery, runs
 from benchmarks.chaos.checks import tracked
+from benchmarks.chaos.soak import FAULTS, tell
 from benchmarks.chaos.soak import KINDS as SOAKED
-from benchmarks.chaos.soak import tell
 from benchmarks.chaos.table import rendered
 
 pytestmark = pytest.mark.unit
@@ -162,7 +162,10 @@ def test_a_process_stands_still_at_its_moment_and_once_alone(tmp_path: Path) -> 
 def test_a_fault_of_the_soak_that_the_log_does_not_tell_of_is_wrong() -> None:
     faults = [{"kind": kind, "time": 10.0 * n, "after": 10.0 * n} for n, kind in enumerate(SOAKED, 1)]
     told = [event(10.0 * n + 1, words[-1]) for n, (_, _, words) in enumerate(SOAKED.values(), 1) if words]
+    waits = next(kind for kind, (_, _, words) in SOAKED.items() if not words)
+    faults = [{"kind": waits, "time": 1.0, "after": 1.0}] * (FAULTS - len(faults)) + faults
     ends = [-9, 3, -9, 0]
+    assert tell(faults[1:], told, ends) == [f"training was over after {FAULTS - 1} faults of {FAULTS}"]
     assert tell(faults, told, ends) == []
     assert "the driver was hit 3 times" in tell(faults, told, [-9, 3, 0])[0]
     for word, said in (("restart", "hit 3 times, and the log tells of 2"), ("fallback", "tells of 0 falls back")):
