@@ -66,7 +66,10 @@ class Namespace:
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net"]
 
     def run(self, *command: str) -> None:
-        done = subprocess.run([*self.enter, *command], capture_output=True, text=True, check=False)
+        path = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}  # where tc is
+        done = subprocess.run(
+            [*self.enter, *command], env=os.environ | path, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 

@@ -5,6 +5,7 @@ Ray Train's own restarts count all failures of a run, however much it has gained
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from raydmd.training.cluster import lacks_room, living_nodes
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.failures import explain
 from raydmd.training.groups import controller, free_orphans, give_back
-from raydmd.training.mending import catch_up, check_books
+from raydmd.training.mending import catch_up, check_books, clear, patiently
 from raydmd.training.restarts import Budget, GiveUp, progress
 from raydmd.training.stopping import fit
 from raydmd.training.watchdog import Post, kept, posts
@@ -74,7 +75,8 @@ def attempts(
             meanwhile()
             stalls.look()
 
-        catch_up(recipe)
+        patiently(functools.partial(catch_up, recipe), recipe, meanwhile)
+        patiently(functools.partial(clear, recipe), recipe, meanwhile)
         try:
             fit(make(), pools, look)
             return
@@ -86,8 +88,9 @@ def attempts(
             for line in stalls.ended.values():
                 log.write("stalled", doing=line, stacks="")
             events = list(read_lines(path))
-            check_books(recipe)  # its controller may have died as it wrote them
-            failure = explain(error, ranks, stalled, events[seen:])
+            # Its controller may have died as it wrote them.
+            patiently(functools.partial(check_books, recipe), recipe, meanwhile)
+            failure = explain(error, ranks, stalled, _since_start(events[seen:]))
             decision = budget.decide(failure, progress(events), time.monotonic())
             cause: BaseException = error
         if isinstance(decision, GiveUp) and not decision.stopped:
@@ -192,6 +195,12 @@ def _kill(pid: int, title: str) -> str:
     except psutil.Error:
         return ""
     return str(status)
+
+
+def _since_start(events: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """An attempt's events of its last group: Ray Train itself begins anew after a preemption, or with more workers."""
+    begun = max((n for n, e in enumerate(events) if e["event"] in ("start", "resume")), default=-1)
+    return events[begun + 1 :]
 
 
 def _put_away(folder: Path, log: EventLog) -> list[str]:

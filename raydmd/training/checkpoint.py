@@ -6,6 +6,7 @@ Files of a checkpoint: ``*.distcp`` and ``.metadata`` (tensors, one file per ran
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -23,7 +25,7 @@ from raydmd import __version__
 from raydmd.training.metadata import Reader, read_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from datetime import timedelta
     from pathlib import Path
 
@@ -109,16 +111,26 @@ def save(
         background: return once they are copied.
 
     Returns:
-        What to call for it to be there; raises what went wrong.
+        What to call for it to be there.
+
+    Raises:
+        OSError: on all ranks, if any of them can't write; in the background what is returned raises it.
     """
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
     if not background:
-        dcp_save(tensors, checkpoint_id=str(folder), process_group=group)
+        with _plainly(folder):
+            dcp_save(tensors, checkpoint_id=str(folder), process_group=group)
         return lambda: None
-    future = async_save(tensors, checkpoint_id=str(folder), process_group=group)
+    with _plainly(folder):
+        future = async_save(tensors, checkpoint_id=str(folder), process_group=group)
     assert isinstance(future, Future)
-    return lambda: (future.result(), None)[1]
+
+    def written() -> None:
+        with _plainly(folder):
+            future.result()
+
+    return written
 
 
 def size(tensors: dict[str, Tensor]) -> int:
@@ -136,6 +148,18 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         DamagedCheckpoint: on all ranks alike, if its metadata are none of a table of tensors.
+        OSError: if any rank can't read it.
     """
     read_metadata(folder)  # by every rank: PyTorch has the first one read them, and the others fail in another way
-    dcp_load(tensors, storage_reader=Reader(str(folder)))
+    with _plainly(folder):
+        dcp_load(tensors, storage_reader=Reader(str(folder)))
+
+
+@contextlib.contextmanager
+def _plainly(folder: Path) -> Iterator[None]:
+    """Raise what went wrong as an error: PyTorch's own is a ``BaseException``, which Ray's threads do not notice."""
+    try:
+        yield
+    except CheckpointException as error:
+        found = "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in error.failures.items())
+        raise OSError(f"checkpoint {folder.name}: {found}") from error

@@ -11,7 +11,12 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from raydmd.errors import DamagedCheckpoint
+from raydmd.training.metadata import FILE as METADATA
+from raydmd.training.metadata import read_metadata
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 NAME = "manifest-{:05d}.json"
@@ -57,18 +62,41 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str:
     first = _listed(folder, 0)
     if isinstance(first, str):
         return first
+    listed = set[str]()
     for rank in range(first["world"]):
         found = first if rank == 0 else _listed(folder, rank)
         if isinstance(found, str):
             return found
         if found["stamp"] != first["stamp"]:
             return f"{NAME.format(rank)} is of another writing than {NAME.format(0)}"
+        listed.update(found["files"])
         if rank % parts != part:
             continue
         for name, expected in found["files"].items():
             if wrong := _wrong(folder / name, expected):
                 return f"{name} {wrong}"
-    return ""
+    if METADATA not in listed:
+        return f"{METADATA} is in no list"
+    try:  # what it names must be in a list: a rank's may be of an emptied folder
+        missing = sorted({place.relative_path for place in read_metadata(folder).storage_data.values()} - listed)
+    except DamagedCheckpoint as error:
+        return str(error)
+    except OSError as error:
+        return f"{METADATA} can't be read: {error}"
+    return f"{missing[0]} is in no list" if missing else ""
+
+
+def unfinished(folder_has: Callable[[str], bytes]) -> bool:
+    """Whether a checkpoint's writing has not come to its end: some rank's list is not there.
+
+    Args:
+        folder_has: the bytes of a file of it, empty if it is not there.
+    """
+    try:
+        world = int(json.loads(folder_has(FIRST))["world"])
+    except (ValueError, KeyError, TypeError):
+        return True
+    return not all(folder_has(NAME.format(rank)) for rank in range(1, world))
 
 
 def _listed(folder: Path, rank: int) -> dict[str, Any] | str:

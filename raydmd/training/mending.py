@@ -6,23 +6,33 @@ look for one that their run has taken over, and Ray Train begins new books under
 
 from __future__ import annotations
 
+import errno
+import functools
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydmd.errors import DamagedCheckpoint, RunFailed
+from raydmd.redact import hidden
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import METRICS, EventLog, append, read_lines
 from raydmd.training.folder import trained
-from raydmd.training.manifest import damage
+from raydmd.training.manifest import damage, unfinished
 from raydmd.training.restarts import COMMITTED
-from raydmd.training.store import PARTIAL, Store, link_tree
-from raydmd.training.takeover import TAKEN, since
+from raydmd.training.store import PARTIAL, Store, check_space, link_tree
+from raydmd.training.takeover import FALLBACK, TAKEN, since
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from raydmd.recipe import Recipe
+
+T = TypeVar("T")
+MOST = 3
+"""Falls back to one checkpoint, with none committed after it, that show more than a damaged file."""
+PAUSE = 5.0
+"""Seconds between two questions to object storage that does not answer."""
 
 
 def check_books(recipe: Recipe) -> None:
@@ -30,6 +40,7 @@ def check_books(recipe: Recipe) -> None:
 
     Raises:
         DamagedCheckpoint: if the final checkpoint is damaged, or Ray Train could not go by its books.
+        OSError: if object storage does not answer.
     """
     store = Store.of(recipe.folder, recipe.checkpoints.storage)
     if (final := trained(recipe.folder)) is not None:
@@ -40,6 +51,8 @@ def check_books(recipe: Recipe) -> None:
     try:
         named = names_in(store.books())
     except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and not store.local:  # that it can't be reached says nothing of it
+            raise
         raise DamagedCheckpoint(f"Ray Train's list of checkpoints can't be read: {error}") from None
     if gone := sorted(named.difference(store.names())):
         raise DamagedCheckpoint(f"checkpoint {gone[-1]} is gone")
@@ -55,8 +68,8 @@ def catch_up(recipe: Recipe) -> None:
     if not newest:
         return
     name, row = newest["checkpoint_dir_name"], {k: v for k, v in newest["metrics"].items() if v is not None}
-    told = [e for e in read_lines(log) if e["event"] in (COMMITTED, "fallback")]
-    last = max((n for n, e in enumerate(told) if e["event"] == "fallback"), default=-1)
+    told = [e for e in read_lines(log) if e["event"] in (COMMITTED, FALLBACK)]
+    last = max((n for n, e in enumerate(told) if e["event"] == FALLBACK), default=-1)
     if any(e["checkpoint"] == name for e in told[last + 1 :]):
         return
     append(recipe.folder / METRICS, row | {"time": time.time()})
@@ -74,10 +87,17 @@ def fall_back(recipe: Recipe, why: str) -> str:
         The checkpoint's name; empty if the run has none and begins anew.
 
     Raises:
-        RunFailed: if it has some, and all of them are damaged.
+        RunFailed: if it has some, and all of them are damaged; or if it fell back to this one time and again.
+        OSError: if object storage does not answer.
     """
     folder, store = recipe.folder, Store.of(recipe.folder, recipe.checkpoints.storage)
     events = EventLog(folder / "events.jsonl")
+    before = [e for e in read_lines(folder / "events.jsonl") if e["event"] in (FALLBACK, COMMITTED)][-MOST:]
+    if len(before) == MOST and {(e["event"], e["checkpoint"]) for e in before} == {(FALLBACK, before[0]["checkpoint"])}:
+        raise RunFailed(
+            f"run '{folder.name}': {why}. It fell back to {before[0]['checkpoint'] or 'its beginning'} {MOST} times, "
+            "which is whole as it is read here: look at that node's disk, memory and network, or leave it out"
+        )
     took = [(f.name, TAKEN) for f in (folder / TAKEN).glob("cycle-*") if f.suffix != PARTIAL]
     found = sorted([*took, *own(folder, store)], reverse=True)
     for name, place in found:
@@ -87,11 +107,13 @@ def fall_back(recipe: Recipe, why: str) -> str:
             with store.at(name, place) as files:
                 if not (wrong := damage(files)):
                     shutil.rmtree(folder / TAKEN, ignore_errors=True)
+                    if not store.local:
+                        check_space(name, sum(f.stat().st_size for f in files.rglob("*")), folder)
                     partial = (folder / TAKEN / name).with_suffix(PARTIAL)
                     link_tree(files, partial)
                     partial.rename(folder / TAKEN / name)
         if not wrong:
-            events.write("fallback", checkpoint=name, message=why)
+            events.write(FALLBACK, checkpoint=name, message=why)
             return name
         print(f"checkpoint {store.path(name, place)} is damaged: {wrong}", flush=True)
     if found or since(folder) >= 0:
@@ -99,8 +121,55 @@ def fall_back(recipe: Recipe, why: str) -> str:
             f"run '{folder.name}': {why}, and none of its {len(found)} checkpoints is whole. They are kept in "
             f"{store.root}; give another --name to begin anew"
         )
-    events.write("fallback", checkpoint="", message=why)
+    events.write(FALLBACK, checkpoint="", message=why)
     return ""
+
+
+def clear(recipe: Recipe) -> None:
+    """Delete what nobody has written to its end, and nobody will: a checkpoint at a notice has a cycle of its own.
+
+    To be called while nobody trains.
+
+    Raises:
+        OSError: if object storage does not answer.
+    """
+    store = Store.of(recipe.folder, recipe.checkpoints.storage)
+    try:
+        booked = names_in(store.books())
+    except (ValueError, TypeError):  # what is booked is not known
+        return
+    for name in set(store.names()) - booked:
+        if unfinished(functools.partial(store.read, name)):
+            store.drop(name, store.experiment)
+            EventLog(recipe.folder / "events.jsonl").write("cleared", checkpoint=name)
+
+
+def patiently(ask: Callable[[], T], recipe: Recipe, meanwhile: Callable[[], object] = lambda: None) -> T:
+    """What object storage answers, as soon as it does; a disk's errors are raised at once.
+
+    Args:
+        ask: what may raise ``OSError``.
+        recipe: of the run, whose ``placement.room_timeout`` it has for that.
+        meanwhile: is called between two tries.
+
+    Raises:
+        OSError: of the last try.
+    """
+    end, told = time.monotonic() + recipe.placement.room_timeout, False
+    while True:
+        try:
+            return ask()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if recipe.checkpoints.storage is None or full or time.monotonic() > end:
+                raise
+            if not told:
+                message = f"checkpoints.storage={recipe.checkpoints.storage} does not answer: {error}"
+                EventLog(recipe.folder / "events.jsonl").write("waiting", message=message)
+                print(f"{hidden(message)}; asked again for up to {recipe.placement.room_timeout:g} s", flush=True)
+                told = True
+        meanwhile()
+        time.sleep(PAUSE)
 
 
 def own(folder: Path, store: Store) -> list[tuple[str, str]]:

@@ -54,10 +54,13 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 
     Raises:
         DamagedCheckpoint: if it is no such table, or names what none of ours does.
+        OSError: if it can't be read now, which is the disk's fault and not the checkpoint's.
     """
     try:
         with (folder / FILE).open("rb") as file:
             found = _Limited(file).load()
+    except OSError:
+        raise
     except Exception as error:  # whatever a pickle's reading raises
         raise DamagedCheckpoint(f"checkpoint {folder.name} is damaged: its {FILE} can't be read: {error}") from None
     if wrong := _wrong(found):

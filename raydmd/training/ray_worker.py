@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ from raydmd.training.sampling import Samplers
 from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
 from raydmd.training.store import Store, check_space
-from raydmd.training.takeover import since, taken
+from raydmd.training.takeover import TAKEN, pending, since, taken
 from raydmd.training.tied import Tied
 from raydmd.training.watchdog import Watchdog
 from raydmd.training.worker import Job, Worker
@@ -64,6 +65,10 @@ Connect = Callable[["ClientSpec"], PoolClient]
 """Makes this rank's client of a pool."""
 AGAIN = "asked_again"
 """Kind of event that a worker writes when it asks a pool once more after a failure or a silence."""
+SEEN_WITHIN = 90
+"""Seconds within which all nodes must see what the driver has put into the run's folder; NFS may take 60."""
+COMMIT = 10.0
+"""Seconds within which Ray Train books a checkpoint whose files are there on all ranks."""
 SYNC, ASYNC = CheckpointUploadMode.SYNC, CheckpointUploadMode.ASYNC
 
 
@@ -95,16 +100,16 @@ class RaySession(Session):
         if not self._store.local:
             # Each node holds the files of its own ranks until they are sent.
             here = ray.train.get_context().get_local_world_size()
-            check_space(name, size * here // self.world, Path(tempfile.gettempdir()))
             # Of one name, so that what a worker has left that was killed goes with the next one.
             folder = Path(tempfile.gettempdir()) / f"raydmd-{Path(self._store.root).name}-rank{self.rank}"
             shutil.rmtree(folder, ignore_errors=True)
+            check_space(name, size * here // self.world, Path(tempfile.gettempdir()))
             folder.mkdir()
             return folder
         folder = Path(self._store.path(name))
-        check_space(name, size, folder)
         if self.rank == 0:  # whoever died over it may have left files; Ray Train would have gone on from a whole one
             shutil.rmtree(folder, ignore_errors=True)
+            check_space(name, size, folder)
             folder.mkdir(parents=True)
         return folder
 
@@ -115,16 +120,21 @@ class RaySession(Session):
             later = self._writing is not None and not self._writing[1].is_set()
             ray.train.report(dict(metrics), checkpoint_upload_mode=ASYNC if later else SYNC)
             return
-        there = threading.Event()
+        there, failed = threading.Event(), list[str]()
         self._writing = writing.name, there
 
         def send(_: Checkpoint, name: str) -> Checkpoint:
+            if failed:  # Ray asks once more after some of S3's errors; by now the folder may be the next checkpoint's
+                raise RuntimeError(f"checkpoint {name} could not be written: {failed[0].replace('AWS Error ', '')}")
             try:
                 writing.complete()
                 if not self._store.local:
                     self._store.send(writing.folder, name)
                     shutil.rmtree(writing.folder, ignore_errors=True)
                 writing.done()
+            except Exception as error:
+                failed.append(f"{type(error).__name__}: {error}")
+                raise
             finally:
                 there.set()
             return Checkpoint(self._store.path(name), self._store.files)
@@ -158,9 +168,10 @@ class RaySession(Session):
 
     def flush(self) -> None:
         """Wait for the checkpoint under way, before an error ends this group: the next one goes on from it."""
-        if self._writing is not None and not self._writing[1].is_set():
+        if self._writing is not None:
             with contextlib.suppress(Exception):  # the error that is on its way says more
-                self._reported()
+                # Where the files are there, what lacks is Ray Train's word, for which all ranks' reports are needed.
+                self._reported(min(COMMIT, self._timeout) if self._writing[1].is_set() else self._timeout)
 
     def notice(self) -> Notice | None:
         """See :class:`~raydmd.training.session.Session`."""
@@ -195,10 +206,10 @@ class RaySession(Session):
                         return Checkpoint(self._store.path(name, place), self._store.files)
         return None
 
-    def _reported(self) -> list[Checkpoint]:
+    def _reported(self, timeout: float | None = None) -> list[Checkpoint]:
         # Waits for the reports under way, so that all ranks see the same list.
-        committed = ray.train.CheckpointConsistencyMode.COMMITTED
-        reported = ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=self._timeout)
+        committed, timeout = ray.train.CheckpointConsistencyMode.COMMITTED, timeout or self._timeout
+        reported = ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=timeout)
         return [r.checkpoint for r in reported]
 
 
@@ -291,7 +302,7 @@ def train_loop(config: LoopConfig) -> None:
             stop_file=folder / "STOP",
             pairing=open_pairs(c.recipe, family, Path(c.pairs), session.device) if c.pairs else None,
             tied=tied,
-            taken=taken(folder),
+            taken=begins_from(session, folder),
             prompts=c.prompts,
         )
 
@@ -322,6 +333,26 @@ def train_loop(config: LoopConfig) -> None:
         watchdog.close(keep=True)
         raise
     watchdog.close()
+
+
+def begins_from(session: Session, folder: Path) -> Path | None:
+    """What the run has taken over and goes on from, by all ranks' word.
+
+    A file server may show one node what another has written there a while later, and ranks that go on from different
+    checkpoints would not notice.
+
+    Raises:
+        RuntimeError: on all ranks, if they see different ones for too long.
+    """
+    ranks = Ranks(session)
+    for _ in range(SEEN_WITHIN):
+        found = pending(folder)
+        said = ranks.everyone("" if found is None else found.name)
+        if len(set(said)) == 1:
+            return found
+        time.sleep(1)
+    seen = ", ".join(f"rank {rank}: {name or 'nothing'}" for rank, name in enumerate(said))
+    raise RuntimeError(f"ranks see different checkpoints in {folder / TAKEN} for {SEEN_WITHIN} s: {seen}")
 
 
 def clients(c: WorkerConfig, job: Job, session: Session, connect: Connect) -> tuple[Client, Client | None]:

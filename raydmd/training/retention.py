@@ -23,6 +23,8 @@ from raydmd.training.students import EVALUATION, EVALUATIONS
 
 FINAL = "-final"
 """End of the name of one that Ray Train never deletes: none comes after it."""
+PHASE = "-phase"
+"""End of the name of one that ends a phase; its student's name has none."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,26 +37,27 @@ if TYPE_CHECKING:
 
 
 def to_keep(
-    names: Iterable[str], measured: Mapping[int, float], *, every: int | None, evaluated: int | None
+    names: Iterable[str], measured: Mapping[str, float], *, every: int | None, evaluated: int | None
 ) -> set[str]:
     """Those of a run's checkpoints that stay.
 
     Args:
         names: all that there are.
-        measured: what the evaluations after so many cycles found; the smaller the better.
+        measured: what the evaluations of students found, by the names of their checkpoints; the smaller the better.
         every: cycles between those that stay for good; ``None`` for none.
         evaluated: cycles between two evaluations, if the best one stays.
     """
     best = min((v for v in measured.values() if not math.isnan(v)), default=math.nan)
 
-    def stays(cycle: int) -> bool:
+    def stays(name: str) -> bool:
+        cycle, student = cycle_of(name), name.removesuffix(PHASE)
         if every and cycle % every == 0:
             return True
         if not evaluated or cycle % evaluated:
             return False
-        return cycle not in measured or measured[cycle] == best  # what waits for its evaluation may be the best
+        return student not in measured or measured[student] == best  # what waits for its evaluation may be the best
 
-    return {name for name in names if not name.endswith(FINAL) and stays(cycle_of(name))}
+    return {name for name in names if not name.endswith(FINAL) and stays(name)}
 
 
 def retain(recipe: Recipe, store: Store) -> None:
@@ -121,10 +124,10 @@ def check_best(recipe: Recipe) -> None:
         )
 
 
-def _measured(folder: Path, figure: str) -> dict[int, float]:
+def _measured(folder: Path, figure: str) -> dict[str, float]:
     known, key = column(figure), f"{EVALUATION}{figure}"
     sign = -1.0 if known and known.better == "high" else 1.0
     rows = list(read_lines(folder / EVALUATIONS))
     if rows and not any(key in row for row in rows):
         raise ValueError(f"the run's evaluations have no figure {figure}, which checkpoints.best names")
-    return {int(row["cycle"]): sign * float(row.get(key, math.nan)) for row in rows}
+    return {str(row["student"]): sign * float(row.get(key, math.nan)) for row in rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -35,7 +36,7 @@ from raydmd.training.follow import Follower, MetricsFile
 from raydmd.training.groups import Reserved
 from raydmd.training.interim import Interim
 from raydmd.training.lock import LeaseLost, check_held, locked
-from raydmd.training.mending import check_books, fall_back
+from raydmd.training.mending import check_books, fall_back, patiently
 from raydmd.training.pairing import check_pairs
 from raydmd.training.pools import reward_pool, sampler_pool, teacher_pool
 from raydmd.training.prepare import Prepared, prepare
@@ -138,7 +139,7 @@ def conduct(
     folder = recipe.folder
     check_room(recipe, living_nodes())
     try:
-        check_books(recipe)
+        patiently(functools.partial(check_books, recipe), recipe)
     except DamagedCheckpoint as error:
         go_back(recipe, error)
     paired = None if trained(folder) else check_pairs(recipe, family)
@@ -190,10 +191,8 @@ def go_back(recipe: Recipe, error: DamagedCheckpoint) -> None:
     Raises:
         RunFailed: if it has none.
     """
-    print(
-        f"{hidden(str(error))}; going on from {fall_back(recipe, str(error)) or 'the beginning'}; what is there stays",
-        flush=True,
-    )
+    name = patiently(functools.partial(fall_back, recipe, str(error)), recipe)
+    print(f"{hidden(str(error))}; going on from {name or 'the beginning'}; what is there stays", flush=True)
 
 
 def train(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import socket
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydmd.errors import DamagedCheckpoint
 from raydmd.training import checkpoint
-from raydmd.training.manifest import damage, seal
+from raydmd.training.manifest import FIRST, damage, seal
 from raydmd.training.ranks import Ranks, over_ranks, patience
 
 if TYPE_CHECKING:
@@ -95,11 +97,19 @@ class Saver:
         self._session.report(over_ranks(rows) if rank == 0 else {}, writing, background=background)
 
     def check(self, folder: Path) -> None:
-        """See that a checkpoint is what was written; each rank reads a share of it.
+        """See that a checkpoint is what was written, and the same on all ranks; each reads a share of it.
 
         Raises:
             DamagedCheckpoint: on all ranks alike.
+            RuntimeError: on all ranks, if they were given different ones.
         """
         share, shares = self._session.rank, self._session.world
-        if wrong := next(filter(None, self._ranks.everyone(damage(folder, part=share, parts=shares))), ""):
-            raise DamagedCheckpoint(f"checkpoint {folder.name} is damaged: {wrong}")
+        if wrong := damage(folder, part=share, parts=shares):
+            wrong += f" (as rank {share} on {socket.gethostname()} reads it)"
+        if found := next(filter(None, self._ranks.everyone(wrong)), ""):
+            raise DamagedCheckpoint(f"checkpoint {folder.name} is damaged: {found}")
+        mine = hashlib.sha256((folder / FIRST).read_bytes()).hexdigest()
+        if len(set(self._ranks.everyone(mine))) > 1:
+            raise RuntimeError(
+                f"ranks were given different checkpoints, this one {folder}: does every node see the same?"
+            )

@@ -12,6 +12,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
@@ -38,6 +39,8 @@ MARK = "storage.id"
 """File of a run's folder with the name of its own in object storage, where other runs may be called like it."""
 CHUNK = 64 * 1024 * 1024
 SPARE = 16 * 1024 * 1024
+PAUSES = (1.0, 4.0, 15.0)
+"""Seconds after which object storage that has refused files is given them again."""
 PATIENCE = 60.0
 """Seconds within which object storage must answer a first question."""
 
@@ -134,14 +137,21 @@ class Store:
             yield Path(copy)
 
     def send(self, folder: Path, name: str) -> None:
-        """Put a folder's files into a checkpoint of object storage.
+        """Put a folder's files into a checkpoint of object storage; what is busy is asked again.
 
         Raises:
             OSError: if that fails.
         """
         # By one thread: https://github.com/apache/arrow/issues/32372
-        target = self.path(name)
-        arrow.copy_files(str(folder), target, destination_filesystem=self.files, chunk_size=CHUNK, use_threads=False)
+        to = {"destination_filesystem": self.files, "chunk_size": CHUNK, "use_threads": False}
+        for pause in (*PAUSES, None):
+            try:
+                arrow.copy_files(str(folder), self.path(name), **to)
+                return
+            except OSError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
 
     def keep(self, name: str) -> None:
         """Let a checkpoint stay when Ray Train deletes its own: by hard links or the storage's own copies.
@@ -177,16 +187,24 @@ class Store:
         Raises:
             OSError: if that can't be told.
         """
-        path = posixpath.join(self.path(name, place), FIRST)
+        return self.read(name, FIRST, place)
+
+    def read(self, name: str, file: str, place: str | None = None) -> bytes:
+        """A file of a checkpoint; empty if it is not there.
+
+        Raises:
+            OSError: if that can't be told.
+        """
+        path = posixpath.join(self.path(name, place), file)
         if self.files.get_file_info(path).type == arrow.FileType.NotFound:
             return b""
         with self.files.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    def drop(self, name: str) -> None:
-        """Delete a checkpoint that was kept."""
+    def drop(self, name: str, place: str = KEPT) -> None:
+        """Delete a checkpoint; of those that are kept, unless another place is given."""
         with contextlib.suppress(FileNotFoundError):
-            self.files.delete_dir(self.path(name, KEPT))
+            self.files.delete_dir(self.path(name, place))
 
 
 def experiment(folder: Path) -> str:

@@ -19,6 +19,7 @@ from raydmd.training.checkpoint import PROGRESS, cycle_of, name_of, read_progres
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.lock import PATIENCE, locked
 from raydmd.training.manifest import reseal
+from raydmd.training.restarts import COMMITTED
 from raydmd.training.store import PARTIAL, Store, link_tree
 from raydmd.training.students import STUDENTS
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 TAKEN = "taken"
 """Folder of a run with the checkpoint that it took over."""
 EVENTS = "events.jsonl"
-LEG, EXPLOIT = "leg", "exploit"
+LEG, EXPLOIT, FALLBACK = "leg", "exploit", "fallback"
 
 
 def take_over(recipe: Recipe, donor: Path, *, cycle: int, changes: Mapping[str, Any]) -> bool:
@@ -77,6 +78,15 @@ def take_over(recipe: Recipe, donor: Path, *, cycle: int, changes: Mapping[str, 
 def taken(folder: Path) -> Path | None:
     """The checkpoint that a run has taken over, if it still goes by one."""
     return max((f for f in (folder / TAKEN).glob("cycle-*") if f.suffix != PARTIAL), default=None)
+
+
+def pending(folder: Path) -> Path | None:
+    """What a run has taken over, until a checkpoint that was written after it is committed.
+
+    By the log's order, not by the cycles: a rollback may have gone back to before it.
+    """
+    events = [e["event"] for e in read_lines(folder / EVENTS) if e["event"] in (EXPLOIT, FALLBACK, COMMITTED)]
+    return None if events and events[-1] == COMMITTED else taken(folder)
 
 
 def newer(took: Path | None, own: Path | None) -> Path | None:

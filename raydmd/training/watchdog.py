@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import resource
 import socket
@@ -28,6 +29,10 @@ STACKS = "stacks"
 DUMPED = "Timeout ("
 """What the fault handler begins with."""
 MEGA = 1e6
+SIZE = 1024
+"""Bytes that what a rank does has in its file, or a multiple."""
+SYNC = 1.0
+"""Seconds between two times that it is sent to the disk at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,7 @@ class Watchdog:
         self.path = path_of(folder, rank)
         self.path.parent.mkdir(exist_ok=True)
         self._file = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        self._synced = -math.inf
 
     def doing(self, what: str) -> None:
         """Say what this rank does from now on; its time starts anew."""
@@ -121,9 +127,15 @@ class Watchdog:
             self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{self.post.line()}\n{json.dumps(asdict(self.post))}\n".encode(), 0)
+        text = f"{self.post.line()}\n{json.dumps(asdict(self.post))}".encode()
+        # At once, over what was there: a file server shows others an empty file at once, and the new text much later.
+        size = -(-(len(text) + 1) // SIZE) * SIZE
+        os.pwrite(self._file, text.ljust(size - 1) + b"\n", 0)
+        os.ftruncate(self._file, size)
         os.lseek(self._file, 0, os.SEEK_END)  # where the stacks go
+        if time.monotonic() >= self._synced + SYNC:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
 
 
 def path_of(folder: Path, rank: int) -> Path:

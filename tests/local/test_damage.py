@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from raydmd.errors import DamagedCheckpoint, RunFailed
 from raydmd.models import load_family, load_teacher
 from raydmd.models.base import Conditions
-from raydmd.recipe import Recipe
+from raydmd.recipe import Recipe, derive
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
+from raydmd.training import checkpoint
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.manifest import NAME, damage, reseal, seal
-from raydmd.training.mending import check_books, fall_back
+from raydmd.training.mending import MOST, check_books, clear, fall_back
 from raydmd.training.session import FolderSession
-from raydmd.training.store import BOOKS, TRAIN, experiment
-from raydmd.training.takeover import TAKEN, taken
+from raydmd.training.store import BOOKS, TRAIN, Store, experiment, link_tree
+from raydmd.training.takeover import TAKEN, pending, taken
 from raydmd.training.worker import Job, Worker
 from tests.local.test_worker import PROMPTS, recipe
 from tests.pipelines import wan_pipeline
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.local
 
@@ -90,10 +90,50 @@ def test_whatever_is_cut_off_is_found(stopped: Recipe) -> None:
     assert cuts > 100
 
 
+def write(folder: Path) -> None:
+    """A small checkpoint of one rank, without its list."""
+    folder.mkdir()
+    checkpoint.save(
+        folder, {"weight": torch.ones(9)}, checkpoint.Progress(cycle=1, phase=0, monitor={}, recipe="before")
+    )
+
+
+def test_a_file_that_no_list_names_is_missed(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    kept = (tmp_path / "one" / "__0_0.distcp").read_bytes()
+    (tmp_path / "one" / "__0_0.distcp").unlink()
+    seal(tmp_path / "one")
+    (tmp_path / "one" / "__0_0.distcp").write_bytes(kept)
+    assert damage(tmp_path / "one") == "__0_0.distcp is in no list"
+
+
+def test_a_disk_that_fails_is_an_error_that_threads_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    with pytest.raises(OSError, match=r"rank 0: OSError: .*No space left"):
+        write(tmp_path / "one")
+
+
+def test_what_was_not_written_to_its_end_goes_and_nothing_else(pipeline: Path, stopped: Recipe) -> None:
+    r = derive(stopped, {"output": stopped.folder.parent / "cleared"})
+    shutil.copytree(stopped.folder, r.folder)
+    there = Store.of(r.folder, None)
+    begun = "cycle-00000001"
+    shutil.copytree(there.path(there.names()[-1]), there.path(begun))
+    (Path(there.path(begun)) / NAME.format(0)).unlink()
+    before = there.names()
+    clear(r)
+    assert there.names() == [name for name in before if name != begun]
+    [event] = [e for e in read_lines(r.folder / "events.jsonl") if e["event"] == "cleared"]
+    assert event["checkpoint"] == begun
+
+
 def test_what_is_changed_missing_or_of_another_writing_is_found(tmp_path: Path) -> None:
     for rank in range(2):
         own = tmp_path / f"of{rank}"
-        own.mkdir()
+        write(own) if rank == 0 else own.mkdir()
         (own / f"__{rank}_0.distcp").write_bytes(bytes([rank]) * 9000)
         seal(own, rank=rank, world=2, stamp="a")
         shutil.copytree(own, tmp_path / "whole", dirs_exist_ok=True)
@@ -108,6 +148,11 @@ def test_what_is_changed_missing_or_of_another_writing_is_found(tmp_path: Path) 
     file.unlink()
     assert damage(whole) == "__1_0.distcp is missing"
     file.write_bytes(kept)
+    (tmp_path / "empty").mkdir()
+    seal(tmp_path / "empty", stamp="a")
+    shutil.copytree(whole, tmp_path / "gutted")
+    (tmp_path / "gutted" / "manifest-00000.json").write_bytes((tmp_path / "empty" / NAME.format(0)).read_bytes())
+    assert damage(tmp_path / "gutted") == ".metadata is in no list"
     seal(tmp_path / "of1", rank=1, world=2, stamp="b")
     shutil.copy2(tmp_path / "of1" / NAME.format(1), whole)
     assert damage(whole) == "manifest-00001.json is of another writing than manifest-00000.json"
@@ -119,15 +164,34 @@ def test_what_is_changed_missing_or_of_another_writing_is_found(tmp_path: Path) 
 
 def test_a_file_that_was_changed_on_purpose_is_listed_anew_and_links_are_left_alone(tmp_path: Path) -> None:
     one, copy = tmp_path / "one", tmp_path / "copy"
-    one.mkdir()
-    (one / "progress.json").write_text("before")
+    write(one)
     seal(one)
-    copy.mkdir()
-    os.link(one / NAME.format(0), copy / NAME.format(0))
+    link_tree(one, copy)
+    (copy / "progress.json").unlink()
     (copy / "progress.json").write_text("after")
     assert damage(copy)
     reseal(copy, "progress.json")
     assert damage(copy) == damage(one) == ""
+
+
+def test_what_was_taken_over_counts_until_a_checkpoint_after_it(stopped: Recipe) -> None:
+    log = EventLog(stopped.folder / "events.jsonl")
+    assert pending(stopped.folder) is None
+    name = fall_back(stopped, "a test")
+    copy = pending(stopped.folder)
+    assert copy == stopped.folder / TAKEN / name
+    log.write("committed", checkpoint="cycle-r01-00000002")  # of a rollback to before it
+    assert pending(stopped.folder) is None
+    assert taken(stopped.folder) == copy, "which a further rollback may go back to"
+
+
+def test_a_run_that_falls_back_to_the_same_checkpoint_again_and_again_ends(stopped: Recipe) -> None:
+    names = {fall_back(stopped, "rank 5 reads rubbish") for _ in range(MOST)}
+    assert len(names) == 1
+    with pytest.raises(RunFailed, match=f"rank 5 reads rubbish.*{MOST} times"):
+        fall_back(stopped, "rank 5 reads rubbish")
+    EventLog(stopped.folder / "events.jsonl").write("committed", checkpoint="cycle-00000005")
+    assert fall_back(stopped, "much later") in names
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(pipeline: Path, stopped: Recipe) -> None:
@@ -161,8 +225,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(pipeline: Pa
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew_and_nothing_is_lost(stopped: Recipe) -> None:
-    for checkpoint in checkpoints(stopped):
-        (checkpoint / "progress.json").write_text("{")
+    for folder in checkpoints(stopped):
+        (folder / "progress.json").write_text("{")
     count = len(checkpoints(stopped))
     with pytest.raises(DamagedCheckpoint, match="progress"):
         worker_of(stopped).run()
