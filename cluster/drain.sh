@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tells Ray that this node will be gone in SECONDS (default 110), and waits until its workers have left, at most so long:
 #   cluster/drain.sh [SECONDS]
-# raydmd heeds it with a checkpoint at once and goes on elsewhere, which is no failure. For preStop hooks, spot notices and
-# whoever takes a node away by hand. It fails if no Ray runs here, and if Ray's head does not take it.
+# raydmd heeds it with a checkpoint when its cycle ends and goes on elsewhere, which is no failure. For preStop hooks, spot
+# notices and whoever takes a node away by hand. It fails if no Ray runs here, and if Ray's head does not take it.
 set -euo pipefail
 
 seconds=${1:-110}

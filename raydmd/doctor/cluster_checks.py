@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SKEWED, WRONG = 1.0, 30.0
 """Seconds between clocks: from there on events are hard to order, and certificates and signed requests come to fail."""
 SLOW = {"gloo": 0.1, "nccl": 5.0}
-"""Gigabytes a second between nodes: a tenth of 10 Gb Ethernet, which CPUs keep busy; and 40 Gb for GPUs."""
+"""Gigabytes a second: a tenth of 10 Gb Ethernet between nodes, which CPUs keep busy; and 40 Gb between GPUs."""
 REQUIRED = ("python", "ray", "torch", "diffusers", "raydmd")
 
 
@@ -113,7 +113,7 @@ def check_clocks(facts: Facts) -> list[Finding]:
 
 
 def check_links(facts: Facts) -> list[Finding]:
-    """Nodes reach each other, fast enough."""
+    """Nodes reach each other, and so do GPUs, fast enough."""
     found = [
         Finding(
             "network",
@@ -129,21 +129,23 @@ def check_links(facts: Facts) -> list[Finding]:
         if link.skipped:
             cure = "run the doctor again when they are free"
             found.append(Finding("network", "skipped", f"{link.backend} was not tried: {link.skipped}", cure))
+        over = f" over {link.over}" if link.over else ""
         for name, error in link.errors.items():
             variable = "NCCL_SOCKET_IFNAME" if link.backend == "nccl" else "GLOO_SOCKET_IFNAME"
             cure = (
                 f"set {variable} to the interface of the node's address before ray start on every node, and open all "
                 "TCP ports between them" + ("; NCCL_DEBUG=INFO says more" if link.backend == "nccl" else "")
             )
-            found.append(Finding("network", "bad", f"{link.backend}: {error}", cure, name))
+            found.append(Finding("network", "bad", f"{link.backend}{over}: {error}", cure, name))
         if link.gigabytes is not None and link.gigabytes < SLOW[link.backend]:
-            said = f"{link.backend} moves {link.gigabytes:.2f} GB/s"
+            said = f"{link.backend} moves {link.gigabytes:.2f} GB/s{over}"
             cure = (
                 "see that it takes the fast interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO tells)"
             )
             found.append(Finding("network", "warn", said, cure))
     good = [
         f"{link.backend} {link.gigabytes:.2f} GB/s, {link.milliseconds:.2f} ms"
+        + (f" over {link.over}" if link.over else "")
         for link in facts.links
         if link.gigabytes is not None and link.milliseconds is not None and link.gigabytes >= SLOW[link.backend]
     ]

@@ -50,6 +50,26 @@ class Folder:
     sees: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Need:
+    """Room that a run's checkpoints will ask of a folder.
+
+    Attributes:
+        path: of the folder.
+        each: GiB of the largest of them.
+        count: that are yet to be there at once: those that stay, and one that is being written.
+    """
+
+    path: str
+    each: float
+    count: int
+
+    @property
+    def size(self) -> float:
+        """GiB of all of them."""
+        return self.each * self.count
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
     """One node. Sizes are GiB; what could not be told is ``None``, empty, or not in a mapping.
@@ -115,14 +135,15 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Link:
-    """What came of sending tensors around between all nodes.
+    """What came of sending tensors around, by ``gloo`` between all nodes, by ``nccl`` between all GPUs.
 
     Attributes:
         backend: ``gloo`` or ``nccl``.
         errors: by node; none if all went well.
-        milliseconds: of one sum of a few bytes over all nodes.
-        gigabytes: a second that each node sent and received, in a sum of many megabytes.
+        milliseconds: of one sum of a few bytes over all of them.
+        gigabytes: a second that each of them sent and received, in a sum of many megabytes.
         skipped: why it was not tried.
+        over: what took part, for people; empty for all nodes.
     """
 
     backend: str
@@ -130,6 +151,7 @@ class Link:
     milliseconds: float | None = None
     gigabytes: float | None = None
     skipped: str = ""
+    over: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +184,7 @@ class Facts:
         services: Prometheus and Grafana, where they are named.
         tracking: the recipe's tracking server; ``None`` without a recipe.
         room: why a recipe has no room; empty if it has, ``None`` without a recipe.
+        need: of its checkpoints; ``None`` without a recipe, and where it can't be told.
     """
 
     address: str = ""
@@ -174,6 +197,7 @@ class Facts:
     services: tuple[Service, ...] = ()
     tracking: Service | None = None
     room: str | None = None
+    need: Need | None = None
 
     @property
     def seen(self) -> tuple[NodeFacts, ...]:

@@ -12,6 +12,7 @@ import ray
 from raydmd.doctor.facts import Facts, Folder, NodeFacts
 from raydmd.doctor.nodes import Cluster, node_facts, own_header, refuses, try_storage
 from raydmd.doctor.probe import Probe
+from raydmd.doctor.room import need_of
 from raydmd.doctor.services import ask_tracking
 from raydmd.errors import InputError
 from raydmd.serving.top import join
@@ -32,8 +33,9 @@ def gather(address: str, recipe: Recipe | None, deadline: float) -> Facts:
     tracking = ask_tracking(recipe.tracking.uri, deadline) if recipe else None
     folders = folders_of(recipe) if recipe else []
     storage = recipe.checkpoints.storage if recipe else None
+    need = need_of(recipe) if recipe else None
     if not address:
-        return Facts(nodes=(_alone(folders, storage),), tracking=tracking)
+        return Facts(nodes=(_alone(folders, storage),), tracking=tracking, need=need)
     asks = refuses(address)
     if asks and refuses(address, own_header()):  # Ray would ask again for long
         said = f"the Ray cluster at {address} refuses the token that this process has, if any"
@@ -44,7 +46,7 @@ def gather(address: str, recipe: Recipe | None, deadline: float) -> Facts:
         return Facts(address=address, joined=str(error), asks_token=asks, tracking=tracking)
     try:
         found = Cluster(deadline).look(folders, inputs_of(recipe) if recipe else [], storage)
-        return dataclasses.replace(found, address=address, tracking=tracking, room=_room(recipe))
+        return dataclasses.replace(found, address=address, tracking=tracking, room=_room(recipe), need=need)
     finally:
         ray.shutdown()
 

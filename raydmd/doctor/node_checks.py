@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from raydmd.doctor.facts import Finding
 
 if TYPE_CHECKING:
-    from raydmd.doctor.facts import Facts, Folder, Level, NodeFacts
+    from raydmd.doctor.facts import Facts, Folder, Level, Need, NodeFacts
 
 FULL, NEARLY = 0.95, 0.85
 """Of Ray's disk: at the first it writes no more (RAY_local_fs_capacity_threshold)."""
@@ -18,7 +18,7 @@ MEMORY = 0.95
 SMALL_STORE, SMALL_SHM = 1.0, 0.25
 """GiB."""
 LITTLE, TIGHT = 1.0, 20.0
-"""GiB on storage: too little for anything, and for a few checkpoints of a large model."""
+"""GiB on storage: too little for anything, and for a few checkpoints of a large model, where its size is not known."""
 GPU_USED = 1.0
 """GiB of a GPU in somebody's hands."""
 LOST = {48, 64, 74, 79, 92, 95, 119, 120}
@@ -232,12 +232,14 @@ def check_storage(facts: Facts) -> list[Finding]:
     }
     for node in facts.seen:
         for folder in node.folders:
-            found += _folder(node, folder, writers[folder.path])
+            need = facts.need if facts.need and facts.need.path == folder.path else None
+            found += _folder(node, folder, writers[folder.path], need)
     if found:
         return found
     free = min(f.free for n in facts.seen for f in n.folders if f.free is not None)
     seen_by = "" if len(facts.seen) == 1 else f", one and the same on {len(facts.seen)} nodes"
-    return [_ok("storage", f"{_list(sorted(writers))}: {_gib(free)} free{seen_by}")]
+    said = f"{_list(sorted(writers))}: {_gib(free)} free{seen_by}"
+    return [_ok("storage", f"{said}; a checkpoint has {_gib(facts.need.each)}" if facts.need else said)]
 
 
 def check_inputs(facts: Facts) -> list[Finding]:
@@ -255,7 +257,7 @@ def check_inputs(facts: Facts) -> list[Finding]:
     ]
 
 
-def _folder(node: NodeFacts, folder: Folder, writers: set[str]) -> list[Finding]:
+def _folder(node: NodeFacts, folder: Folder, writers: set[str], need: Need | None) -> list[Finding]:
     if folder.error:
         full = "No space left" in folder.error or "quota" in folder.error.lower()
         cure = (
@@ -278,6 +280,16 @@ def _folder(node: NodeFacts, folder: Folder, writers: set[str]) -> list[Finding]
     if folder.free is not None and folder.free < LITTLE:
         cure = "make room on it: older runs' checkpoints, or checkpoints.keep"
         return [Finding("storage", "bad", f"{folder.path} has {_gib(folder.free)} free", cure, node.name)]
+    if folder.free is not None and need and folder.free < need.size:
+        said = (
+            f"{folder.path} has {_gib(folder.free)} free, and this run's checkpoints need {_gib(need.size)} more: up "
+            f"to {need.count} of {_gib(need.each)} at once"
+        )
+        cure = (
+            "make room on it, let fewer stay (checkpoints.keep, 2 at least), train adapters (training.fake.lora, "
+            "training.student.lora), or write them elsewhere (output, or checkpoints.storage=s3://BUCKET/FOLDER)"
+        )
+        return [Finding("storage", "bad", said, cure, node.name)]
     if folder.free is not None and folder.free < TIGHT:
         cure = "enough for small models; a checkpoint of a large one is hundreds of GiB"
         return [Finding("storage", "warn", f"{folder.path} has {_gib(folder.free)} free", cure, node.name)]

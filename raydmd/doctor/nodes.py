@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,10 @@ class Cluster:
             ray.cloudpickle.unregister_pickle_by_value(probe)  # type: ignore[no-untyped-call]
 
     def _on(self, name: str) -> NodeAffinitySchedulingStrategy:
-        return NodeAffinitySchedulingStrategy(self._nodes[name]["NodeID"], soft=False)
+        return NodeAffinitySchedulingStrategy(self._nodes[_node(name)]["NodeID"], soft=False)
 
     def _address(self, name: str) -> str:
-        return str(self._nodes[name]["NodeManagerAddress"])
+        return str(self._nodes[_node(name)]["NodeManagerAddress"])
 
     def _ask(
         self, probes: Mapping[str, Any], call: Callable[[str, Any], Any], seconds: float | None = None
@@ -203,20 +204,37 @@ class Cluster:
         return tuple((name, other) for name, others in failed.items() for other in others)
 
     def _links(self, probes: Mapping[str, Any], nodes: Sequence[NodeFacts]) -> tuple[Link, ...]:
-        if len(probes) < 2:
-            return ()
-        with_gpus = [node.name for node in nodes if node.torch_gpus and node.ray_gpus]
-        links = [self._exchange("gloo", probes)]
-        if len(with_gpus) > 1:
-            holding = self._start(with_gpus, num_gpus=1)
-            _, busy = self._ask(holding, lambda _, p: p.now.remote())
-            if busy:
-                links.append(Link("nccl", skipped=f"no free GPU on {', '.join(busy)}"))
-            else:
-                links.append(self._exchange("nccl", holding))
-            for actor in holding.values():
-                ray.kill(actor)
+        links = [self._exchange("gloo", probes)] if len(probes) > 1 else []
+        gpus = [
+            f"{node.name} {i}"
+            for node in nodes
+            for i in range(min(int(node.ray_gpus), node.torch_gpus or 0))  # whole ones
+        ]
+        if len(gpus) > 1:
+            links.append(self._gpus(gpus))
         return tuple(links)
+
+    def _gpus(self, gpus: Sequence[str]) -> Link:
+        """An exchange between all GPUs that are free, of a node or of several.
+
+        Args:
+            gpus: a name for each, which begins with its node's.
+        """
+        holding = self._start(gpus, num_gpus=1)
+        free, busy = self._ask(holding, lambda _, p: p.now.remote())
+        for name in busy:  # one that got its GPU later would hold it
+            ray.kill(holding[name])
+        without = {_node(n) for n in gpus} - {_node(n) for n in free}
+        if without or len(free) < 2:
+            link = Link("nccl", skipped=f"no free GPU on {', '.join(sorted(without))}" if without else "one free GPU")
+        else:
+            link = self._exchange("nccl", {name: holding[name] for name in free})
+            errors = {_node(name): error for name, error in link.errors.items()}
+            over = f"{len(free)} of {len(gpus)} GPUs, the others were not free" if busy else f"{len(free)} GPUs"
+            link = dataclasses.replace(link, errors=errors, over=over)
+        for name in free:
+            ray.kill(holding[name])
+        return link
 
     def _exchange(self, backend: str, probes: Mapping[str, Any]) -> Link:
         names = list(probes)
@@ -239,6 +257,11 @@ class Cluster:
             milliseconds=max(small for small, _ in told.values()),
             gigabytes=min(large for _, large in told.values()),
         )
+
+
+def _node(name: str) -> str:
+    """The node of a probe, of which one may have several."""
+    return name.partition(" ")[0]
 
 
 def node_facts(name: str, told: Mapping[str, Any], **more: Any) -> NodeFacts:

@@ -294,26 +294,53 @@ def count_torch_gpus() -> int | None:
         return None
 
 
-def read_memory() -> tuple[float | None, float | None, float | None]:
-    """GiB of the machine, of this container where it has a limit, and what is free of the smaller."""
+def read_memory(root: str = "/") -> tuple[float | None, float | None, float | None]:
+    """GiB of the machine, of this process's part of it where that has a limit, and what is free of the smaller.
+
+    Args:
+        root: of the file system.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(root, "proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None, None, None
     known = {line.split(":")[0]: float(line.split()[1]) * 1024 / GIB for line in lines if line.endswith("kB")}
     total, free = known.get("MemTotal"), known.get("MemAvailable")
-    for root, most, now in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    least: float | None = None
+    for folder, most, now in control_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limit = float((folder / most).read_text(encoding="ascii")) / GIB
+            if not total or limit >= total:
+                continue
+            # Files that the kernel keeps are given back when they are in the way.
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            kept = float(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            left = limit - (float((folder / now).read_text(encoding="ascii")) - kept) / GIB
+            least = limit if least is None else min(least, limit)
+            free = left if free is None else min(free, left)
+    return total, least, free
+
+
+def control_groups(root: str) -> list[tuple[Path, str, str]]:
+    """Control groups that bound this process's memory, and the files in them that say its limit and its use.
+
+    Its own and all above it: on Slurm a job's limit is far below the uppermost one, where a container has its own.
+    """
+    own = {"": "/", "memory": "/"}
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= {name: path for name in controllers.split(",") if name in own}
+    found = []
+    for name, most, now in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with contextlib.suppress(OSError, ValueError):
-            limit = float(Path(root, most).read_text(encoding="ascii")) / GIB
-            if total and limit < total:
-                # Files that the kernel keeps are given back when they are in the way.
-                stat = dict(line.split() for line in Path(root, "memory.stat").read_text(encoding="ascii").splitlines())
-                used = float(Path(root, now).read_text(encoding="ascii")) - float(stat.get("inactive_file", 0))
-                return total, limit, min(free or limit, limit - used / GIB)
-    return total, None, free
+        top = Path(root, "sys/fs/cgroup", name)
+        # A container may see its path on the machine, and not the folders on the way; those are left out later.
+        group = top / own[name].lstrip("/")
+        found += [(folder, most, now) for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return found
 
 
 def size_of(folder: str) -> float | None:

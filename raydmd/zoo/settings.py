@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydmd.recipe import derive
+from raydmd.recipe_checkpoints import Checkpoints
 from raydmd.recipe_evaluation import Evaluation
 from raydmd.recipe_placement import Placement
 
@@ -51,6 +52,7 @@ def on_zoo(paper: Recipe, model: str, *, cycles: int = 200, **changes: Any) -> R
             "model": {"path": model, "frames": None, "height": None, "width": None},
             "data.sizes": (),
             "training": TRAINING | {"cycles": cycles, "batch": 48},
+            "checkpoints": Checkpoints().model_dump(),
             "placement": Placement(workers=2).model_dump(),
             "evaluation": Evaluation().model_dump(),
         }

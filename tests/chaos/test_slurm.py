@@ -35,6 +35,7 @@ while words and words[0].startswith("--"):
 nodes = [line.split() for line in open({table!r})]
 chosen = [n for n in nodes if n[0] == asked["--nodelist"]] if "--nodelist" in asked else nodes
 assert int(asked["--nodes"]) == int(asked["--ntasks"]) == len(chosen), (asked, chosen)
+assert "--nodelist" in asked or asked["--cpu-bind"] == "none", "Ray would have one CPU of a node"
 tasks = []
 for rank, (name, pid) in enumerate(chosen):
     env = {{**os.environ, "SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank), "SLURMD_NODENAME": name}}
@@ -46,6 +47,7 @@ sys.exit(max(task.wait() for task in tasks))
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show hostnames") cut -d' ' -f1 {table} ;;
+"show job") echo "JobId=$3 JobName=raydmd UserId=a(1000) Priority=1 JobState=$(cat {state}) Reason=None Requeue=1" ;;
 *) echo "$@" >> {log} ;;
 esac
 """
@@ -56,11 +58,13 @@ class Slurm:
 
     def __init__(self, home: Path, spaces: list[Namespace], temporary: Path) -> None:
         self.home, self.spaces, self.log = home, spaces, home / "scontrol.log"
+        self.state = home / "state"
+        self.state.write_text("RUNNING")
         table, tools = home / "nodes", home / "tools"
         table.write_text("".join(f"n{i} {space.pid}\n" for i, space in enumerate(spaces)))
         tools.mkdir()
         (tools / "srun").write_text(SRUN.format(python=sys.executable, table=str(table)))
-        (tools / "scontrol").write_text(SCONTROL.format(table=table, log=self.log))
+        (tools / "scontrol").write_text(SCONTROL.format(table=table, log=self.log, state=self.state))
         for tool in tools.iterdir():
             tool.chmod(0o755)
         self._env = _clean() | {

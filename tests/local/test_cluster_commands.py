@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,69 @@ def test_every_manifest_names_what_it_runs() -> None:
 @pytest.mark.parametrize("where", commands())
 def test_commands_that_are_written_down_run(where: str) -> None:
     dry_run(commands()[where])
+
+
+TOOLS = {
+    # Starts what it is asked on "all nodes": an address, or Ray until it is told to end.
+    "srun": """
+echo "$*" >> srun.log
+case "$*" in
+*"hostname -I") echo 10.0.0.1 ;;
+*) trap 'exit 0' USR1; while :; do sleep 0.05; done ;;
+esac
+""",
+    "scontrol": """
+case "$1 $2" in
+"show hostnames") echo n0 ;;
+"show job") echo "JobId=$3 JobName=raydmd Priority=1 JobState=$(cat state) Reason=None Requeue=1" ;;
+*) echo "$@" >> scontrol.log ;;
+esac
+""",
+    # The run, which ends with its checkpoint when it is told to; the batch file's own snippets need no answer.
+    "python": """
+[ "$1" = run.py ] || exit 0
+trap 'exit 3' TERM
+touch running
+while :; do sleep 0.05; done
+""",
+    "raydmd": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "queued"), [("RUNNING", "requeue 4242\n"), ("COMPLETING", ""), ("CANCELLED", ""), ("PENDING", "")]
+)
+def test_a_slurm_job_that_is_cancelled_does_not_come_back(state: str, queued: str, tmp_path: Path) -> None:
+    """Time that is up, a preemption and ``scancel`` are one signal: what Slurm calls the job tells them apart."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in TOOLS.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}")
+        (tools / name).chmod(0o755)
+    (tmp_path / "state").write_text(state)
+    slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}
+    job = subprocess.Popen(
+        ["bash", CLUSTER / "slurm" / "raydmd.sbatch", "run.py"],
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), **slurm},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "running").exists():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=60)
+    log = tmp_path / "scontrol.log"
+    assert (log.read_text() if log.exists() else "") == queued, said
+    assert job.returncode == (0 if queued else 3), said
+    assert ("queued again; it goes on" in said) == bool(queued)
+    assert "--cpu-bind=none" in (tmp_path / "srun.log").read_text(), "Ray would have one CPU of a node"
+
+
+def test_a_slurm_job_has_its_nodes_whole() -> None:
+    text = (CLUSTER / "slurm" / "raydmd.sbatch").read_text(encoding="utf-8")
+    assert {"--exclusive", "--mem=0"} <= set(re.findall(r"^#SBATCH (\S+)$", text, re.M))

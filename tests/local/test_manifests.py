@@ -115,7 +115,9 @@ def test_kuberay_accepts_what_its_operator_looks_at(name: str) -> None:
         "the autoscaler's second version"
     )
     for group in spec["workerGroupSpecs"]:
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"], (
+            "room is looked for on nodes there are"
+        )
     names = {
         variable["name"] for t in templates(spec) for c in t["spec"]["containers"] for variable in c.get("env", [])
     }
@@ -137,6 +139,27 @@ def test_rays_autoscaler_understands_the_cluster() -> None:
         assert resources[role][role] == gpus == resources[role]["GPU"]
         assert not resources[role].keys() & (ROLES - {role})
         assert known[role]["max_workers"] >= 4
+
+
+def test_object_stores_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own choice of their size, where none is given, fits into the pod's /dev/shm too."""
+    from ray._private import utils
+
+    spec = ray_cluster("rayjob")
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        shm = size(next(v for v in pod["volumes"] if v["name"] == "shm")["emptyDir"]["sizeLimit"])
+        monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda shm=shm: shm)
+        memory = size(pod["containers"][0]["resources"]["limits"]["memory"])
+        given = group["rayStartParams"].get("object-store-memory")
+        store = utils.resolve_object_store_memory(memory, given and int(given))
+        assert 1 << 30 < store < shm < memory, group.get("groupName", "head")
+
+
+def size(quantity: str) -> int:
+    """Bytes of a quantity of Kubernetes'."""
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi")) << 30
 
 
 def test_pods_are_told_before_they_go() -> None:
@@ -332,10 +355,10 @@ def test_services_are_closed_pinned_and_watched() -> None:
         for other, condition in service.get("depends_on", {}).items():
             assert config["services"][other]
             assert condition["condition"] == "service_healthy"
-        for volume in (v.split(":")[0] for v in service.get("volumes", [])):
+        for volume in (v.split(":")[0] for v in service.get("volumes", []) if isinstance(v, str)):
             if volume.startswith("."):
                 assert (CLUSTER / "services" / volume).exists()
-            elif not volume.startswith("/"):
+            else:  # a path of the machine that is not there would be made, for root
                 assert volume in config["volumes"]
     assert "ports" not in config["services"]["postgres"]
     assert config["services"]["postgres"]["networks"] == ["inner"]
@@ -363,7 +386,9 @@ def test_prometheus_finds_rays_list_where_ray_writes_it() -> None:
     [ray] = [job for job in config["scrape_configs"] if job["job_name"] == "ray"]
     [file] = ray["file_sd_configs"][0]["files"]
     assert file == f"/tmp/ray/{ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"
-    assert "/tmp/ray:/tmp/ray:ro" in compose()["services"]["prometheus"]["volumes"]
+    [bind] = [v for v in compose()["services"]["prometheus"]["volumes"] if isinstance(v, dict)]
+    assert (bind["source"], bind["target"], bind["read_only"]) == ("/tmp/ray", "/tmp/ray", True)
+    assert bind["bind"] == {"create_host_path": False}, "Docker would make it for root alone"
     # In Kubernetes the ports are found by their name.
     kubernetes = yaml.safe_load((CLUSTER / "prometheus" / "kubernetes.yml").read_text(encoding="utf-8"))
     port = next(r["regex"] for r in kubernetes["scrape_configs"][0]["relabel_configs"] if "port_name" in str(r))

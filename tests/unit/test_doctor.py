@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import ray
 
 from raydmd.doctor import probe
-from raydmd.doctor.facts import Facts, Finding, Folder, Gpu, Link, NodeFacts, Service
+from raydmd.doctor.facts import Facts, Finding, Folder, Gpu, Link, Need, NodeFacts, Service
 from raydmd.doctor.gather import inputs_of
-from raydmd.doctor.nodes import node_facts
+from raydmd.doctor.nodes import Cluster, node_facts
 from raydmd.doctor.show import examine, show, table, verdict
 from raydmd.errors import DONE, FAILED
 from raydmd.recipe import Recipe, derive
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.unit
 
@@ -162,6 +166,13 @@ BAD = {
     "a storage with little room": (
         sick(folders=(Folder("/shared/runs", free=0.2, total=9000.0, sees=NAMES),)),
         ("storage", "10.0.0.2", "has 0.2 GiB free", "make room on it"),
+    ),
+    "a storage without room for its checkpoints": (
+        replace(
+            sick(folders=(Folder("/shared/runs", free=900.0, total=9000.0, sees=NAMES),)),
+            need=Need("/shared/runs", each=319.4, count=4),
+        ),
+        ("storage", "10.0.0.2", "has 900 GiB free, and this run's checkpoints need 1278 GiB", "checkpoints.keep"),
     ),
     "a folder of its own": (
         sick(folders=(Folder("/shared/runs", free=99.0, total=99.0, sees=("10.0.0.2",)),)),
@@ -330,3 +341,76 @@ def test_who_can_be_reached() -> None:
     here.hang_up()
     closed = here.free_port("127.0.0.1")
     assert list(here.reach({"gone": ("127.0.0.1", closed)}, 2.0)) == ["gone"]
+
+
+def test_room_for_checkpoints_is_asked_of_their_folder_alone() -> None:
+    folders = (*WELL.nodes[0].folders, Folder("/cache", free=900.0, total=1000.0, sees=NAMES))
+    facts = replace(WELL, nodes=tuple(replace(n, folders=folders) for n in WELL.nodes))
+    findings = examine(replace(facts, need=Need("/shared/runs", each=319.4, count=4)))
+    assert {f.level for f in findings} == {"ok"}
+    assert next(f.said for f in findings if f.check == "storage").endswith("a checkpoint has 319 GiB")
+
+
+def machine(root: Path, groups: dict[str, tuple[str, int]], own: str) -> str:
+    """A machine of 100 GiB, 90 of them free, with limits and uses in GiB by control group."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal: {100 << 20} kB\nMemAvailable: {90 << 20} kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(own)
+    second = own.startswith("0::")
+    files = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for path, (limit, used) in groups.items():
+        folder = root / "sys" / "fs" / "cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / files[0]).write_text(limit if limit == "max" else str(int(limit) << 30))
+        (folder / files[1]).write_text(str(used << 30))
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 30}\n")
+    return str(root)
+
+
+SLURM = "system.slice/slurmstepd.scope/job_7"
+
+
+@pytest.mark.parametrize(
+    ("groups", "own", "limit", "free"),
+    [
+        ({SLURM: ("64", 11), f"{SLURM}/step_0": ("max", 5)}, f"0::/{SLURM}/step_0\n", 64.0, 54.0),
+        ({".": ("80", 41), SLURM: ("60", 11)}, f"0::/{SLURM}\n", 60.0, 40.0),
+        ({".": ("32", 3)}, "0::/\n", 32.0, 30.0),
+        ({".": ("32", 3)}, "0::/kubepods/not/mounted/here\n", 32.0, 30.0),
+        ({".": ("max", 3)}, "0::/\n", None, 90.0),
+        ({"memory/slurm/job_7": ("64", 11)}, "4:cpu,cpuacct:/\n3:memory:/slurm/job_7/step_0\n0::/\n", 64.0, 54.0),
+    ],
+    ids=["slurm", "tighter above", "container", "path of the machine", "none", "first version"],
+)
+def test_the_limit_of_memory_is_that_of_the_jobs_control_group(
+    groups: dict[str, tuple[str, int]], own: str, limit: float | None, free: float, tmp_path: Path
+) -> None:
+    assert probe.read_memory(machine(tmp_path, groups, own)) == (100.0, limit, free)
+
+
+@pytest.mark.parametrize(
+    ("busy", "over", "skipped"),
+    [
+        ((), "4 GPUs", ""),
+        (("10.0.0.1 1",), "3 of 4 GPUs, the others were not free", ""),
+        (("10.0.0.2 0", "10.0.0.2 1"), "", "no free GPU on 10.0.0.2"),
+    ],
+)
+def test_nccl_is_tried_between_all_gpus(
+    busy: tuple[str, ...], over: str, skipped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[str] = []
+    monkeypatch.setattr(ray, "kill", gone.append)
+    cluster: Any = Cluster.__new__(Cluster)
+    cluster._start = lambda names, **_: {name: f"actor of {name}" for name in names}
+    cluster._ask = lambda actors, _: ({n: 0 for n in actors if n not in busy}, {n: "late" for n in actors if n in busy})
+    cluster._exchange = lambda backend, actors: Link(backend, errors=dict.fromkeys(actors, "ncclSystemError"))
+    nodes = [replace(node(name), ray_gpus=2.5) for name in NAMES[:2]]
+    found = {link.backend: link for link in cluster._links({name: None for name in NAMES[:2]}, nodes)}
+    assert set(found) == {"gloo", "nccl"}
+    assert (found["nccl"].over, found["nccl"].skipped) == (over, skipped)
+    assert set(found["nccl"].errors) == (set() if skipped else set(NAMES[:2])), "by node"
+    assert len(gone) == 4, "none holds a GPU afterwards"
+    alone = cluster._links({NAMES[0]: None}, nodes[:1])
+    assert [link.backend for link in alone] == ["nccl"], "also on one node"
+    assert not cluster._links({NAMES[0]: None}, [replace(nodes[0], ray_gpus=1.0)])
