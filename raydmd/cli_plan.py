@@ -58,6 +58,7 @@ def plan(
         from raydmd.planning import show
         from raydmd.planning.answer import nearest
         from raydmd.planning.calibration import default_file
+        from raydmd.planning.hardware import ON_PAPER
         from raydmd.planning.planner import Planner
 
         kept = calibration or default_file()
@@ -73,17 +74,18 @@ def plan(
             calibrate(recipe, kept)
             typer.echo(f"measured, and kept in {kept}", err=as_json)
         hardware, known = _machine("here" if measure else cluster, kept)
-        planner = Planner(recipe, hardware, known.of(recipe) if known else None)
+        source = known.source(recipe) if known else ON_PAPER
+        planner = Planner(recipe, known.at(recipe) if known else hardware, known.of(recipe) if known else None)
         answer = planner.answer(planner.own)
-        tops, best = planner.best(gpus or planner.own.gpus)
+        tops, best = planner.best(gpus or planner.own.gpus, play=True)
         if gpus is not None:  # where none fits, the nearest
             answer = best or nearest(tops)
         enough = None if best else planner.enough(gpus or planner.own.gpus)
-        played = planner.simulated(answer)
+        answer, played = planner.played(answer)
         if as_json:
-            typer.echo(json.dumps(show.document(planner, answer, played, tops, best, enough), indent=1))
+            typer.echo(json.dumps(show.document(planner, answer, played, tops, best, enough, source=source), indent=1))
         else:
-            typer.echo(show.text(planner, answer, played, tops, best, enough))
+            typer.echo(show.text(planner, answer, played, tops, best, enough, source=source))
         if scale:
             from raydmd.planning import scaling
 
@@ -109,7 +111,7 @@ def _machine(cluster: str, kept: Path) -> tuple[Hardware, Calibration | None]:
 
 
 def _compare(folder: Path, cluster: str, kept: Path, *, as_json: bool) -> int:
-    from raydmd.planning.after import after, text
+    from raydmd.planning.after import after, read_run, text
 
     _quiet()
     hardware, known = _machine(cluster, kept)
@@ -117,7 +119,8 @@ def _compare(folder: Path, cluster: str, kept: Path, *, as_json: bool) -> int:
     if as_json:
         typer.echo(json.dumps([vars(o) | {"off": o.by} for o in found], indent=1))
     else:
-        typer.echo(text(found, f"measured on {known.machine}" if known else f"on paper, {hardware.name}"))
+        said = known.source(read_run(folder)[0]) if known else f"times on paper, {hardware.name}"
+        typer.echo(text(found, said))
     return DONE
 
 

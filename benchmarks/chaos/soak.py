@@ -278,7 +278,8 @@ def rendered(found: dict[str, Any]) -> str:
         f"The demo's run with {found['cycles']} student updates, once undisturbed and once with {len(found['faults'])} "
         f"faults of kinds and at moments drawn at random (seed {found['seed']}), one in {found['mean']:.0f} s: as many "
         f"as {HOURS:g} hours with one every {HOURS * 60 / FAULTS:g} minutes have. The command was given "
-        f"{found['starts']} times; it ended with {', '.join(map(str, found['ends']))}. {'Same' if found['same_bits'] else 'OTHER'} bits "
+        f"{found['starts']} times; it ended with {', '.join(map(str, found['ends']))}. "
+        f"{'Same' if found['same_bits'] else 'OTHER'} bits "
         "in the final checkpoints: students, fake scores, their optimizers and averages, and the exported pipelines.",
         "\n".join(["| fault | times |", "|---|---|", *(f"| {k} | {n} |" for k, n in counts.items())]),
         "\n".join(

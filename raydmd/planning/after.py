@@ -50,7 +50,7 @@ def after(folder: Path, hardware: Hardware, calibration: Calibration | None) -> 
 
     Args:
         folder: of the run.
-        hardware: what it is planned for.
+        hardware: what it is planned for, where nothing was measured.
         calibration: of the machine, if it was measured.
 
     Returns:
@@ -60,6 +60,7 @@ def after(folder: Path, hardware: Hardware, calibration: Calibration | None) -> 
         InputError: if the folder holds no run, or one of too few cycles.
     """
     recipe, rows = read_run(folder)
+    hardware = calibration.at(recipe) if calibration else hardware
     planner = Planner(recipe, hardware, calibration.of(recipe) if calibration else None)
     answer = planner.answer(planner.own)
     played = planner.simulated(answer)

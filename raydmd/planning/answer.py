@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from raydmd.planning.memory import Budget, Placement, Sharding
+    from raydmd.planning.simulate import Outcome
     from raydmd.planning.timing import Exchange, Step
 
 
@@ -52,7 +53,8 @@ class PhasePlan:
     Attributes:
         budget: of a worker's memory.
         pool: of a replica's, where there is one.
-        step: a worker's cycle.
+        step: a worker's cycle, on average over sizes.
+        sizes: the same for each size of latent.
         exchange: between workers.
         seconds: of a cycle, waiting included.
         wait: seconds of it in which a worker waits for the teacher.
@@ -64,6 +66,7 @@ class PhasePlan:
     budget: Budget
     pool: Budget | None
     step: Step
+    sizes: tuple[Step, ...]
     exchange: Exchange
     seconds: float
     wait: float
@@ -81,7 +84,7 @@ class Answer:
         phases: in their order.
         room: bytes that tensors of a GPU can have.
         host_room: bytes of the node's memory that activations of a worker can have; 0 where it is not known.
-        hours: of the run's training, without evaluation.
+        hours: of the run's training, warm-up included, without evaluation.
         price: of an hour, of all GPUs.
     """
 
@@ -136,6 +139,12 @@ class Answer:
     def cost(self) -> float:
         """US$ for the run."""
         return self.hours * self.price
+
+    def played(self, outcomes: Sequence[Outcome]) -> Answer:
+        """The same with the simulator's cycles, one outcome for each phase, and the hours that they make."""
+        phases = tuple(replace(p, seconds=o.step) for p, o in zip(self.phases, outcomes, strict=True))
+        found = replace(self, phases=phases)
+        return replace(found, hours=self.hours * found.seconds / self.seconds)
 
 
 def nearest(answers: Iterable[Answer]) -> Answer:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydmd.errors import InputError
-from raydmd.planning.hardware import Hardware
+from raydmd.planning.hardware import TERA, Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ class Entry:
 
     Attributes:
         what: was timed, for people.
+        model: whose networks, in which precision; see :func:`model_key`.
         passes: points by ``role kind``.
         updates: seconds of an optimizer's step, by role.
         beside: by stage, points of a cycle's seconds that are no network's.
@@ -38,6 +39,7 @@ class Entry:
     """
 
     what: str
+    model: str
     passes: dict[str, Points]
     updates: dict[str, float]
     beside: dict[str, Points]
@@ -52,7 +54,7 @@ class Calibration:
 
     Attributes:
         machine: its name and device.
-        hardware: as plans know it, at measured rates.
+        hardware: as plans know it, at assumed shares of its peak.
         entries: by :func:`key`.
     """
 
@@ -66,6 +68,34 @@ class Calibration:
             return None
         found = self.entries.get(key(recipe))
         return Measured(self.machine, found) if found else None
+
+    def at(self, recipe: Recipe) -> Hardware:
+        """The machine at the rates of a recipe's model in its precision; of another model they say nothing.
+
+        A small network's time goes into launching it: the share of the peak that it reaches is not a large one's.
+        """
+        entry, hardware = self._rated(recipe), self.hardware
+        if entry is None:
+            return hardware
+        name = "bf16" if recipe.training.precision == "bf16" else "fp32"
+        rates = {kind: rate / TERA for kind, rate in entry.rates.items()}
+        peak = max(getattr(hardware, name), *rates.values())
+        return hardware.model_copy(update={name: peak, **{kind: rate / peak for kind, rate in rates.items()}})
+
+    def source(self, recipe: Recipe) -> str:
+        """Where a plan's times for a recipe come from, in a few words."""
+        if self.of(recipe):
+            return f"times measured on {self.machine}"
+        entry = self._rated(recipe)
+        if entry is None:
+            return f"times on paper: of {recipe.model.path} in {recipe.training.precision} nothing was measured here"
+        why = "; passes are timed at one size, data.sizes has several" if recipe.data.sizes else ""
+        return f"times on paper, at the rates of {entry.what}, measured on {self.machine}{why}"
+
+    def _rated(self, recipe: Recipe) -> Entry | None:
+        """What was measured last of a recipe's model in its precision, if anything was."""
+        wanted = model_key(recipe)
+        return next((e for e in reversed(self.entries.values()) if e.model == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -112,6 +142,12 @@ def line(points: Sequence[tuple[float, float]], at: float) -> float:
     low = max((i for i, (rows, _) in enumerate(ordered[:-1]) if rows <= at), default=0)
     (x0, y0), (x1, y1) = ordered[low], ordered[low + 1]
     return max(y0 + (y1 - y0) * (at - x0) / (x1 - x0), 0.0)
+
+
+def model_key(recipe: Recipe) -> str:
+    """What decides at which rate a network computes: the model with its size, and the precision."""
+    facts = [recipe.model.model_dump(mode="json", exclude={"negative_prompt"}), recipe.training.precision]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def key(recipe: Recipe) -> str:

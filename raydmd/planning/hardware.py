@@ -16,6 +16,8 @@ TABLE = Path(__file__).parent / "data" / "hardware.yaml"
 GIB = 1 << 30
 KEPT_FREE = 0.75
 """Share of a node's memory that is not for Ray, loading and files."""
+ON_PAPER = "times on paper, at the shares of its peak that the hardware's table assumes"
+"""Where times come from if nothing was measured."""
 GIGA, TERA = 1e9, 1e12
 
 

@@ -6,52 +6,55 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 import torch
 
 from raydmd.planning.hardware import GIB, TERA, Hardware, table
 
-if TYPE_CHECKING:
-    from raydmd.planning.calibration import Entry
-    from raydmd.recipe import Recipe
-
 COPIED = 1 << 27
 """Bytes that are copied to see how fast memory is."""
+SIDE = {"cpu": 1024, "cuda": 8192}
+"""Rows of the matrices that are multiplied to see what a device reaches."""
 Clock = Callable[[], float]
 """Seconds."""
 
 
-def hardware(recipe: Recipe, entry: Entry) -> Hardware:
-    """This machine as plans know it, at the rates that were measured."""
-    forward, train = entry.rates["forward"], entry.rates["train"]
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        alike = next((h for short, h in table().items() if short in name.lower().replace(" ", "")), None)
-        memory = torch.cuda.mem_get_info()[1] / GIB
-        base = alike or Hardware(name=name, memory_gib=memory, bf16=1, fp32=1, hbm=_memory_speed(), link=25, network=25)
-        peak = base.bf16 if recipe.training.precision == "bf16" else base.fp32
-        if alike is None:
-            peak = max(forward, train) / TERA
-            base = base.model_copy(update={"bf16": peak, "fp32": peak})
-        shares = {"forward": min(forward / TERA / peak, 1.0), "train": min(train / TERA / peak, 1.0)}
-        return base.model_copy(update={"name": name, "memory_gib": memory, **shares})
-    peak = max(forward, train)
-    return Hardware(
-        name=machine(),
-        per_node=1,
-        memory_gib=psutil.virtual_memory().total / GIB,
-        bf16=peak / TERA,
-        fp32=peak / TERA,
-        hbm=_memory_speed(),
-        link=1.0,
-        network=1.0,
-        forward=forward / peak,
-        train=train / peak,
-        reserved_gib=1.0,
-        cores=os.cpu_count() or 1,
-    )
+def hardware() -> Hardware:
+    """This machine as plans know it: as the table has it, or else at the peak of its own products of matrices."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        return Hardware(
+            name=machine(),
+            per_node=1,
+            memory_gib=psutil.virtual_memory().total / GIB,
+            **_peaks(torch.device("cpu")),
+            hbm=_memory_speed(),
+            link=1.0,
+            network=1.0,
+            reserved_gib=1.0,
+            cores=os.cpu_count() or 1,
+        )
+    name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / GIB
+    alike = next((h for short, h in table().items() if short in name.lower().replace(" ", "")), None)
+    if alike:
+        return alike.model_copy(update={"name": name, "memory_gib": memory})
+    peaks = _peaks(torch.device("cuda"))
+    return Hardware(name=name, memory_gib=memory, **peaks, hbm=_memory_speed(), link=25, network=25)
+
+
+def _peaks(device: torch.device) -> dict[str, Any]:
+    """TFLOPS of a product of matrices, by precision."""
+    size, found = SIDE[device.type], {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, taken = torch.ones(size, size, dtype=dtype, device=device), []
+        for _ in range(4):
+            start = now(device, time.perf_counter)
+            a @ a
+            taken.append(now(device, time.perf_counter) - start)
+        found[name] = 2 * size**3 / min(taken) / TERA
+    return found
 
 
 def _memory_speed() -> float:

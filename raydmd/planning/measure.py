@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from raydmd.errors import InputError
 from raydmd.models import load_teacher
 from raydmd.models.sizes import training_latents
-from raydmd.planning.calibration import Calibration, Entry, Points, key, read, write
+from raydmd.planning.calibration import Calibration, Entry, Points, key, model_key, read, write
 from raydmd.planning.calls import count
 from raydmd.planning.here import Clock, hardware, machine, now
 from raydmd.planning.idle import Free, Idle, noise
@@ -155,9 +156,23 @@ def measure(recipe: Recipe, *, rounds: int = ROUNDS, clock: Clock = time.perf_co
         clock: seconds; that of the process leaves out others on the same cores.
 
     Raises:
-        InputError: if the model or its weights are missing.
+        InputError: if the model or its weights are missing, or do not fit this one device.
     """
     torch.set_num_threads(recipe.placement.threads)
+    try:
+        return _measured(recipe, rounds, clock)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(
+            f"--measure holds student, fake score and teacher together on one device, and {recipe.model.path} does not "
+            "fit this one so. Measure it with adapters on one network (training.student.lora={} training.fake.lora={} "
+            "placement.teacher=tied) or with fewer samples a worker (training.batch): its rates are used for the model "
+            "in other recipes too. Or plan without --measure"
+        ) from error
+
+
+def _measured(recipe: Recipe, rounds: int, clock: Clock) -> Entry:
     with tempfile.TemporaryDirectory(prefix="raydmd-measure-") as folder:
         bench = Bench.of(recipe, Path(folder))
         share = bench.recipe.training.batch
@@ -165,6 +180,7 @@ def measure(recipe: Recipe, *, rounds: int = ROUNDS, clock: Clock = time.perf_co
         return Entry(
             what=f"{recipe.name}: {recipe.method.name} of {recipe.model.path}, {share} samples, "
             f"{recipe.training.precision}",
+            model=model_key(recipe),
             passes=passes,
             updates=_updates(bench, rounds, clock),
             beside=_beside(bench, rounds),
@@ -203,7 +219,7 @@ def calibration_of(recipe: Recipe, *, rounds: int = ROUNDS, clock: Clock = time.
         clock: see :func:`measure`.
     """
     entry = measure(recipe, rounds=rounds, clock=clock)
-    return Calibration(machine=machine(), hardware=hardware(recipe, entry), entries={key(recipe): entry})
+    return Calibration(machine=machine(), hardware=hardware(), entries={key(recipe): entry})
 
 
 def _passes(bench: Bench, rounds: int, clock: Clock) -> dict[str, Points]:

@@ -7,32 +7,31 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from raydmd.errors import InputError
 from raydmd.methods.presets import student_routing
 from raydmd.models.sizes import training_latents
-from raydmd.planning.answer import Answer, Option, PhasePlan, nearest
+from raydmd.planning.answer import Answer, Option, PhasePlan
 from raydmd.planning.calls import PhaseCalls, count
 from raydmd.planning.known import family_of
 from raydmd.planning.memory import Budget, RoleSize, Setting, replica, trainer
 from raydmd.planning.network import Network, Networks
-from raydmd.planning.simulate import Outcome, Shape, simulate
-from raydmd.planning.timing import Step, exchange, mean, on_paper, step, update_on_paper
-from raydmd.planning.trace import Passes
+from raydmd.planning.search import options, top
+from raydmd.planning.simulate import Outcome, Shape, Size, simulate
+from raydmd.planning.timing import Step, exchange, mean, mean_of, on_paper, step, tokens_sent, update_on_paper, waited
+from raydmd.planning.trace import Passes, stretched
 from raydmd.training.plan import CyclePlan
 
 if TYPE_CHECKING:
     from raydmd.models.family import Family
     from raydmd.planning.calibration import Measured
     from raydmd.planning.hardware import Hardware
-    from raydmd.planning.memory import Placement, Sharding
     from raydmd.planning.timing import Seconds
     from raydmd.recipe import Recipe
     from raydmd.recipe_training import Role
 
-SEQUENCES = (1, 2, 4, 8)
-"""Workers that may share a sample."""
 MOST = 4096
 """GPUs of the largest cluster that is looked at."""
+FEW, ENOUGH, CROWD = 6, 20, 4000
+"""Cycles that are played for a plan's page, at least and at most, and workers' cycles where there are many workers."""
 
 
 class Planner:
@@ -55,6 +54,7 @@ class Planner:
         self.latents = _upright(training_latents(self.family, recipe.data))
         self.phases: list[PhaseCalls] = count(recipe, self.family)
         self._costs: dict[Any, Passes] = {}
+        self._played: dict[Any, list[Outcome]] = {}
         self._sizes: dict[str, Network] = {}
         self._heads: int | None = None
         self._compute = 2.0 if recipe.training.precision == "bf16" else 4.0
@@ -92,12 +92,6 @@ class Planner:
         other.recipe = self.recipe.model_copy(update={"training": training})
         return other
 
-    def possible(self, option: Option) -> bool:
-        """Whether workers can share the batch, and adapters allow what is tied."""
-        t = self.recipe.training
-        adapters = t.student.lora is not None and t.fake.lora is not None
-        return self._divides(option.workers, option.sequence) and (option.placement != "tied" or adapters)
-
     def answer(self, option: Option) -> Answer:
         """What becomes of the run under an option."""
         training = self.recipe.training
@@ -133,12 +127,31 @@ class Planner:
             service=lambda n: each * n,
             batch_items=place.batch_items,
             batch_wait=place.batch_wait,
+            sizes=tuple(
+                Size(
+                    weight=weight,
+                    rollout=_of(s.rollout, p.step.rollout),
+                    fake=_of(sum(s.fake_updates), sum(p.step.fake_updates)),
+                    generator=_of(s.generator, p.step.generator),
+                    answer=_of(s.answer, p.step.answer),
+                )
+                for weight, s in zip(self.latents.values(), p.sizes, strict=True)
+            ),
             transfer=p.wire / (self.hardware.network * self.hardware.wire * 1e9 / self.hardware.per_node),
             jitter=self.hardware.jitter,
             slower=self.crowd(option),
             cycles=cycles,
             seed=seed,
         )
+
+    def played(self, answer: Answer) -> tuple[Answer, list[Outcome]]:
+        """An answer with the simulator's cycles and the hours they make, and its phases there; played once each."""
+        known = answer.option, self.recipe.training.batch
+        if known not in self._played:
+            cycles = max(FEW, min(ENOUGH, CROWD // answer.option.workers))
+            self._played[known] = self.simulated(answer, cycles=cycles)
+        found = self._played[known]
+        return answer.played(found), found
 
     def crowd(self, option: Option) -> float:
         """How many times slower workers are that share the cores of one machine; 1 where each has a GPU."""
@@ -149,78 +162,28 @@ class Planner:
         """Each phase of an answer, played through."""
         return [simulate(self.shape(answer, phase=k, **settings)) for k in range(len(answer.phases))]
 
-    def options(self, gpus: int) -> list[Option]:
-        """Every sensible way to use so many GPUs."""
-        found: list[Option] = []
-        own, before = self.own, 0
-        for sequence in dict.fromkeys((own.sequence, *SEQUENCES)):
-            workers = self._workers(gpus, sequence)
-            # To share a sample only pays where there are more workers than samples.
-            if sequence < own.sequence or workers <= before or not self._splits(sequence):
-                continue
-            before = workers
-            places: tuple[Placement, ...] = ("tied", "local", "remote")
-            for placement in places:
-                for teachers in self._pools(gpus) if placement == "remote" else (0,):
-                    n = self._workers(gpus - math.ceil(teachers * own.teacher_gpus), sequence)
-                    shardings: tuple[Sharding, ...] = ("ddp", "fsdp") if n > 1 else ("single",)
-                    found += [
-                        Option(
-                            placement=placement,
-                            sharding=sharding,
-                            workers=n,
-                            teachers=teachers,
-                            teacher_gpus=own.teacher_gpus if teachers else 1.0,
-                            sequence=sequence,
-                        )
-                        for sharding in shardings
-                    ]
-        return [option for option in found if option.workers and self.possible(option)]
+    def best(self, gpus: int, *, play: bool = False) -> tuple[list[Answer], Answer | None]:
+        """The best of each placement on at most so many GPUs, and the best of them, if any fits.
 
-    def _workers(self, gpus: int, sequence: int) -> int:
-        """The most that can share the batch."""
-        return next((n for n in range(gpus, 0, -1) if self._divides(n, sequence)), 0)
-
-    def _pools(self, gpus: int) -> list[int]:
-        """Numbers of replicas worth a look: up to half of the GPUs."""
-        most = self.own.teacher_gpus
-        return sorted({n for k in range(11) for n in (2**k, 3 * 2**k) if n * most <= gpus / 2} | {1})
-
-    def best(self, gpus: int) -> tuple[list[Answer], Answer | None]:
-        """The best of each placement on so many GPUs, and the best of them, if any fits.
-
-        Fewer hours are better, and then less memory. A smaller pool that takes at most 1% longer is better too: what
-        is left over can serve another run.
+        Args:
+            gpus: that there are.
+            play: whether the best of each placement are compared as the simulator plays them, barriers included.
         """
         by: dict[tuple[str, int], list[Answer]] = {}
-        for option in self.options(gpus):
+        for option in options(self, gpus):
             by.setdefault((option.placement, option.sequence), []).append(self.answer(option))
-        tops = [_top(answers) for answers in by.values()]
-        fitting = [a for a in tops if a.fits]
-        return tops, (min(fitting, key=lambda a: (a.hours, a.peak)) if fitting else None)
+        tops = [top(answers) for answers in by.values()]
+        if play:
+            tops = [self.played(a)[0] for a in tops]
+        best = top(tops) if tops else None
+        return tops, best if best and best.fits else None
 
     def enough(self, gpus: int) -> Answer | None:
         """The best on twice as many GPUs, or four times as many, and so on: the first that fits, up to 4096."""
         while (gpus := 2 * gpus) <= MOST:
             if (found := self.best(gpus)[1]) is not None:
-                return found
+                return self.played(found)[0]
         return None
-
-    def _divides(self, workers: int, sequence: int) -> bool:
-        groups, adapt, batch = workers // sequence, self.recipe.method.adapt, self.recipe.training.batch
-        if not groups or workers % sequence or batch % groups:
-            return False
-        return adapt is None or not batch // groups % adapt.group  # a prompt's samples stay on one worker
-
-    def _splits(self, sequence: int) -> bool:
-        """Whether so many workers can share a sample."""
-        if sequence > 1 and (self.recipe.placement.samplers or self.recipe.method.gan):
-            return sequence == self.recipe.placement.sequence
-        try:
-            self.family.check_sequence(sequence, self.latents)
-        except InputError:
-            return False
-        return True
 
     def _phase(self, k: int, option: Option, cycles: int) -> PhasePlan:
         calls, share = self.phases[k], max(self.share(option), 1)
@@ -241,7 +204,12 @@ class Planner:
             fake_rows=calls.fake_rows,
         )
         traffic = exchange(self.hardware, student, fake, setting, calls)
+        again = self.recipe.training.gradient_checkpointing
         here = option.placement != "remote"
+        sent = {latent: share * self._sent(option.sequence, latent) for latent in self.latents}
+        traffic = traffic.with_tokens(
+            mean_of(list(sent.values()), list(self.latents.values())), calls, here=here, again=again
+        )
         updates = {"student": 0.0, "fake": 0.0}
         timed: list[Step] = []
         for latent in self.latents:
@@ -265,21 +233,23 @@ class Planner:
                     here=here,
                     fake_updates=self.recipe.training.fake_updates,
                     beside=beside,
+                    tokens=sent[latent] / self.hardware.bandwidth(option.sequence),
+                    again=again,
                 )
             )
         whole = mean(timed, list(self.latents.values()))
         pool, wait, wire = None, 0.0, 0.0
         if not here:
             pool = self._pool(calls, option, teacher)
-            values = sum(math.prod(latent) * w for latent, w in self.latents.items())
-            values /= sum(self.latents.values())
+            values = mean_of([math.prod(latent) for latent in self.latents], list(self.latents.values()))
             wire = 4.0 * share * values * (calls.queries + calls.answers)
             load = max(1.0, option.workers / option.sequence / max(option.teachers, 1))
-            wait = max(0.0, whole.answer * load - sum(whole.fake_updates))
+            wait = waited(timed, list(self.latents.values()), load)
         return PhasePlan(
             budget=budget,
             pool=pool,
             step=whole,
+            sizes=tuple(timed),
             exchange=traffic,
             seconds=whole.busy + wait,
             wait=wait,
@@ -349,11 +319,19 @@ class Planner:
 
         found = at(1)
         if rows > 1:
-            found = _stretched(found, at(2), rows)
+            found = stretched(found, at(2), rows)
+        found = found.sound()
         if shared > 1:
             found = Passes(rows=rows, **{k: v / shared for k, v in vars(found).items() if k != "rows"})
         self._costs[known] = found
         return found
+
+    def _sent(self, sequence: int, latent: tuple[int, ...]) -> float:
+        """Bytes that a worker sends those it shares a sample with, in a forward pass of one."""
+        if sequence == 1:
+            return 0.0
+        config = self.family._config(self.family._kind(), self.family.network)
+        return tokens_sent(config, sum(self.family.tokens(latent)), sequence, self._compute)
 
     @property
     def _bare(self) -> Network:
@@ -377,14 +355,6 @@ class Planner:
         )
 
 
-def _stretched(one: Passes, two: Passes, rows: int) -> Passes:
-    """What many rows cost, from what one and two do."""
-    found = {k: v + (rows - 1) * (getattr(two, k) - v) for k, v in vars(one).items() if k != "rows"}
-    # Few rows have their peak where all gradients are, many where all activations are.
-    found["whole"] = max(found["whole"], found["peak"])
-    return Passes(rows=rows, **found)
-
-
 def _upright(latents: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
     """Latents by weight, where one that lies on its side costs what it costs upright."""
     found: dict[tuple[int, ...], float] = {}
@@ -394,11 +364,6 @@ def _upright(latents: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], flo
     return found
 
 
-def _top(answers: list[Answer]) -> Answer:
-    """The best of one placement: that fits, is fast, and has no larger pool than it needs."""
-    fitting = [a for a in answers if a.fits]
-    if not fitting:
-        return nearest(answers)
-    fastest = min(a.hours for a in fitting)
-    near = [a for a in fitting if a.hours <= 1.01 * fastest]
-    return min(near, key=lambda a: (a.option.gpus, a.option.teachers, a.hours, a.peak))
+def _of(value: float, mean: float) -> float:
+    """A size's seconds in those of the mean."""
+    return value / mean if mean else 1.0

@@ -75,17 +75,16 @@ def sizes(planner: Planner, gpus: Iterable[int] = GPUS, *, grow: bool = False, s
     found: list[Size] = []
     share = planner.share(planner.own)
     for count in gpus:
-        best = None
         if grow:
-            bests = [planner.with_batch(share * n).best(count)[1] for n in _workers(count)]
-            fitting = (b for b in bests if b is not None)
-            best = min(fitting, key=lambda a: a.seconds * a.option.sequence / a.option.workers, default=None)
+            plans = [planner.with_batch(max(1, share * n // planner.own.sequence)) for n in _workers(count)]
         else:
-            best = planner.best(count)[1]
-        if best is None:
+            plans = [planner]
+        bests = [(p, p.best(count)[1]) for p in plans]
+        fitting = [(p, a) for p, a in bests if a is not None]
+        if not fitting:
             continue
-        batch = share * best.option.workers // best.option.sequence if grow else planner.recipe.training.batch
-        own = planner.with_batch(batch)
+        own, best = min(fitting, key=lambda pair: pair[1].seconds / pair[0].recipe.training.batch)
+        batch = own.recipe.training.batch
         cycles = max(4, min(20, CROWD // best.option.workers))
         played = tuple(own.simulated(best, cycles=cycles, seed=seed))
         now = Size(gpus=count, answer=best, batch=batch, played=played)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from raydmd.planning.answer import nearest
-from raydmd.planning.hardware import GIB
+from raydmd.planning.hardware import GIB, ON_PAPER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,8 @@ def text(
     tops: Sequence[Answer],
     best: Answer | None,
     enough: Answer | None = None,
+    *,
+    source: str = ON_PAPER,
 ) -> str:
     """The whole plan.
 
@@ -63,6 +65,7 @@ def text(
         tops: the best of each placement on as many GPUs.
         best: of them, if any fits.
         enough: the best on a larger cluster, where none fits.
+        source: where times come from.
     """
     r, h = planner.recipe, planner.hardware
     size = planner.networks.size(None)
@@ -70,8 +73,7 @@ def text(
     parts = [
         f"{r.name}: {r.method.name} of {r.model.path}, {len(experts)} expert{'s' * (len(experts) > 1)} of "
         f"{size.parameters / 1e9:.3g} billion parameters, batch {r.training.batch}",
-        f"on {answer.option.gpus} x {h.name}: {answer.option}"
-        + (f"; times measured on {planner.measured.machine}" if planner.measured else "; times on paper"),
+        f"on {answer.option.gpus} x {h.name}: {answer.option}; {source}",
         "",
         memory(planner, answer),
         "",
@@ -147,8 +149,10 @@ def cycle(planner: Planner, answer: Answer, played: Sequence[Outcome]) -> str:
     wire = f"{p.wire / 1e6:.3g} MB between a worker and the pool, " if answer.option.placement == "remote" else ""
     lines.append(f"  bytes a cycle: {wire}{p.exchange.size / GB:.3g} GB from a worker to the others")
     cost = f", US$ {answer.cost:,.0f} at {planner.hardware.price:g} an hour" if planner.hardware.price else ""
+    training = planner.recipe.training
+    warm = f" and {training.fake_warmup} fake updates before them" if training.fake_warmup else ""
     lines.append(
-        f"  {planner.recipe.training.cycles} cycles: {answer.hours:.3g} hours, {answer.gpu_hours:.4g} GPU hours{cost}; "
+        f"  {training.cycles} cycles{warm}: {answer.hours:.3g} hours, {answer.gpu_hours:.4g} GPU hours{cost}; "
         "without start, evaluation and export"
     )
     return "\n".join(lines)
@@ -213,7 +217,7 @@ def reason(planner: Planner, tops: Sequence[Answer], best: Answer | None, enough
             if slower > 0.005:
                 said.append(f"{name} takes {slower:.0%} longer")
             else:
-                said.append(f"{name} is as fast and takes {gigabytes(other.peak)} GB")
+                said.append(f"{name} is as fast on {other.option.gpus} GPUs, {gigabytes(other.peak)} GB of each")
     why = f": {'; '.join(said)}" if said else ", the only one that this recipe allows"
     ratio = ""
     if best.option.placement == "remote":
@@ -254,12 +258,15 @@ def document(
     tops: Sequence[Answer],
     best: Answer | None,
     enough: Answer | None = None,
+    *,
+    source: str = ON_PAPER,
 ) -> dict[str, Any]:
     """The same figures as :func:`text`, for a machine."""
     return {
         "recipe": planner.recipe.name,
         "model": planner.recipe.model.path,
         "hardware": planner.hardware.model_dump(),
+        "times": source,
         "measured_on": planner.measured.machine if planner.measured else None,
         "parameters": planner.networks.size(None).parameters,
         "plan": as_json(answer) | {"simulated": [vars(o) for o in played]},

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import heapq
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +23,28 @@ from raydmd.serving.router import Candidate, choose, seat
 Process = Generator[tuple[str, Any], Any, None]
 WARM = 2
 """Cycles that are not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One of several sizes of latents: its seconds in those of the mean.
+
+    Attributes:
+        weight: how often it is drawn, in all weights.
+        rollout: until a worker asks.
+        fake: a fake update's.
+        generator: the student's update's.
+        answer: a forward pass's of the teacher.
+    """
+
+    weight: float
+    rollout: float
+    fake: float
+    generator: float
+    answer: float
+
+
+SAME = Size(weight=1.0, rollout=1.0, fake=1.0, generator=1.0, answer=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +61,7 @@ class Shape:
         requests: that each worker asks a cycle, at once.
         items: samples of a request.
         service: seconds of a forward pass over so many samples, steps of a walk counted.
+        sizes: of latents, of which all workers of a run draw the same for each update; one where there are none.
         batch_items: samples in a forward pass at most.
         batch_wait: seconds that a replica waits for company.
         transfer: seconds of a request's way there and back.
@@ -56,6 +81,7 @@ class Shape:
     requests: int = 1
     items: int = 1
     service: Callable[[int], float] = field(default=lambda _: 0.0)
+    sizes: tuple[Size, ...] = ()
     batch_items: int = 64
     batch_wait: float = 0.003
     transfer: float = 0.0
@@ -115,7 +141,7 @@ class _Replica:
 
     def __init__(self, clock: _Clock, shape: Shape, noise: Callable[[float], float]) -> None:
         self._clock, self._shape, self._noise = clock, shape, noise
-        self._batcher: Batcher[Callable[[], None]] = Batcher(
+        self._batcher: Batcher[tuple[float, Callable[[], None]]] = Batcher(
             max_items=shape.batch_items, max_wait=shape.batch_wait, max_queue=1 << 30
         )
         self._busy = False
@@ -124,8 +150,8 @@ class _Replica:
         self.items: list[int] = []
         self.queued: list[float] = []
 
-    def ask(self, kind: str, client: str, done: Callable[[], None]) -> None:
-        self._batcher.offer(Key(kind, (), 1.0), client, self._shape.items, done, self._clock.now)
+    def ask(self, kind: str, client: str, times: float, done: Callable[[], None]) -> None:
+        self._batcher.offer(Key(kind, (), 1.0), client, self._shape.items, (times, done), self._clock.now)
         self._look()
 
     def _look(self) -> None:
@@ -140,7 +166,7 @@ class _Replica:
             return
         self._busy, self._due = True, None
         items = sum(entry.items for entry in batch)
-        end = self._clock.now + self._noise(self._shape.service(items))
+        end = self._clock.now + self._noise(self._shape.service(items) * batch[0].payload[0])
         self.spans.append((self._clock.now, end))
         self.items.append(items)
         self.queued += [self._clock.now - entry.arrived for entry in batch]
@@ -148,7 +174,7 @@ class _Replica:
         def done() -> None:
             self._busy = False
             for entry in batch:
-                entry.payload()
+                entry.payload[1]()
             self._look()
 
         self._clock.at(end, done)
@@ -186,12 +212,15 @@ def simulate(shape: Shape) -> Outcome:
     pool = [_Replica(clock, shape, noise) for _ in range(shape.replicas)]
     log: list[tuple[float, float, float, float]] = []  # when a cycle began and ended, waits, barriers
 
+    plans = [_drawn(shape, run) for run in range(shape.runs)]
+
     def worker(run: int, rank: int, barrier: _Barrier, phase: float) -> Process:
         mine, client = [0] * len(pool), f"{shape.name}{run or ''}/rank{rank}"
         yield "sleep", phase
         for cycle in range(WARM + shape.cycles):
             began, blocked, met = clock.now, 0.0, 0.0
-            yield "sleep", noise(shape.rollout) * shape.slower
+            own, *fakes = plans[run][cycle]
+            yield "sleep", noise(shape.rollout * own.rollout) * shape.slower
             pending = {"left": 0, "go": None}
             for k in range(shape.requests if pool else 0):
                 seen = [Candidate(name=str(i), tier=0, outstanding=mine[i]) for i in range(len(pool))]
@@ -199,9 +228,9 @@ def simulate(shape: Shape) -> Outcome:
                 at = int(choose(seen, request="", turn=turn, deterministic=False) or 0)
                 mine[at] += 1
                 pending["left"] += 1  # type: ignore[operator]
-                yield "ask", (at, f"{run}.{k}", client, mine, pending)
-            for seconds in shape.fake_updates:
-                yield "sleep", noise(seconds) * shape.slower
+                yield "ask", (at, f"{run}.{k}", client, own.answer, mine, pending)
+            for seconds, size in zip(shape.fake_updates, fakes, strict=True):
+                yield "sleep", noise(seconds * size.fake) * shape.slower
                 since = clock.now
                 yield "meet", barrier
                 met += clock.now - since
@@ -211,7 +240,7 @@ def simulate(shape: Shape) -> Outcome:
             since = clock.now
             yield "meet", barrier  # all go on once all have their answers
             blocked += clock.now - since
-            yield "sleep", noise(shape.generator) * shape.slower
+            yield "sleep", noise(shape.generator * own.generator) * shape.slower
             since = clock.now
             yield "meet", barrier
             met += clock.now - since
@@ -228,7 +257,7 @@ def simulate(shape: Shape) -> Outcome:
         elif what == "meet":
             about.join(lambda: drive(process))
         elif what == "ask":
-            at, kind, client, mine, pending = about
+            at, kind, client, times, mine, pending = about
 
             def answered() -> None:
                 mine[at] -= 1
@@ -239,7 +268,7 @@ def simulate(shape: Shape) -> Outcome:
             half = shape.transfer / 2
             clock.at(
                 clock.now + half,
-                lambda: pool[at].ask(kind, client, lambda: clock.at(clock.now + half, answered)),
+                lambda: pool[at].ask(kind, client, times, lambda: clock.at(clock.now + half, answered)),
             )
             clock.at(clock.now, lambda: drive(process))
         elif about["left"]:
@@ -264,3 +293,22 @@ def simulate(shape: Shape) -> Outcome:
         batch=fmean([i for r in pool for i in r.items]) if any(r.items for r in pool) else 0.0,
         queue=fmean([q for r in pool for q in r.queued]) if any(r.queued for r in pool) else 0.0,
     )
+
+
+def _drawn(shape: Shape, run: int) -> list[list[Size]]:
+    """Sizes of each cycle's student's update and fake updates.
+
+    Over the cycles that are counted an update has each size as often as its weight says, in an order of its own: a few
+    cycles then take as long as many on average.
+    """
+    sizes = shape.sizes or (SAME,)
+    ends = list(accumulate(s.weight for s in sizes))
+    draw = random.Random(f"{shape.seed}/{run}/sizes")
+
+    def slot() -> list[Size]:
+        places = [(k + draw.random()) / shape.cycles for k in range(shape.cycles)]
+        draw.shuffle(places)
+        places = [draw.random() for _ in range(WARM)] + places
+        return [sizes[min(bisect_right(ends, p * ends[-1]), len(sizes) - 1)] for p in places]
+
+    return [list(row) for row in zip(*(slot() for _ in range(1 + len(shape.fake_updates))), strict=True)]

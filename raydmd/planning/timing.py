@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raydmd.planning.calls import Kind, PhaseCalls
+    from collections.abc import Mapping, Sequence
+
+    from raydmd.planning.calls import Calls, Kind, PhaseCalls
     from raydmd.planning.hardware import Hardware
     from raydmd.planning.memory import RoleSize, Setting
 
 Seconds = Callable[[str, "Kind", float], float]
 """Of one pass of a role's network, without what workers exchange for it: role, kind, rows in shares of the batch."""
+DRAWN = 2000
+"""Ways to draw the sizes of a cycle's fake updates that are gone through; where there are more, sizes are averaged."""
 TOUCHED = 36.0
 """Bytes that a step of fused AdamW and the clipping before it read and write, for each parameter that trains."""
 
@@ -30,6 +35,18 @@ class Exchange:
     pass_seconds: dict[str, tuple[float, float]]
     update_seconds: dict[str, float]
     size: float
+
+    def with_tokens(self, sent: float, calls: PhaseCalls, *, here: bool, again: bool) -> Exchange:
+        """The same with what sequence parallelism sends.
+
+        Args:
+            sent: bytes in a forward pass of a worker's share; see :func:`tokens_sent`.
+            calls: of its networks.
+            here: whether the teacher answers in the worker.
+            again: whether gradient checkpointing computes activations again.
+        """
+        times = sum(c.count * _crossings(c, here=here, again=again) for c in calls.calls)
+        return replace(self, size=self.size + sent * times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +130,27 @@ def exchange(hardware: Hardware, student: RoleSize, fake: RoleSize, setting: Set
     return Exchange(pass_seconds=passes, update_seconds=updates, size=size)
 
 
+def tokens_sent(config: Mapping[str, Any], tokens: int, sequence: int, compute: float) -> float:
+    """Bytes that a worker sends in a forward pass of a sample that several share: four exchanges in each block.
+
+    Args:
+        config: of the network.
+        tokens: of the sample.
+        sequence: workers that share it.
+        compute: bytes of a value.
+    """
+    layers = config["num_layers"] + config.get("num_single_layers", 0)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return float(4 * layers * tokens * width * compute / sequence * (sequence - 1) / sequence)
+
+
+def _crossings(c: Calls, *, here: bool, again: bool) -> float:
+    """Forward passes of a share that send as much as a call does."""
+    if c.role == "teacher" and not here:
+        return 0.0
+    return c.rows * (1 + again if c.kind == "backward" else 1)
+
+
 def step(
     calls: PhaseCalls,
     seconds: Seconds,
@@ -122,6 +160,8 @@ def step(
     here: bool,
     fake_updates: int,
     beside: dict[str, float] | None = None,
+    tokens: float = 0.0,
+    again: bool = False,
 ) -> Step:
     """A cycle's parts.
 
@@ -133,6 +173,8 @@ def step(
         here: whether the teacher answers in the worker, and not elsewhere.
         fake_updates: in a cycle.
         beside: seconds by stage that are no network's: draws, losses, bookkeeping.
+        tokens: seconds that workers exchange tokens of samples they share, in a forward pass of a share.
+        again: whether gradient checkpointing computes activations again.
     """
     parts, waits = {"rollout": 0.0, "fake": 0.0, "generator": 0.0, "teacher": 0.0}, 0.0
     for c in calls.calls:
@@ -140,7 +182,8 @@ def step(
         there = traffic.pass_seconds.get(c.role, (0.0, 0.0))[c.kind == "backward"]
         if c.role == "teacher" and not here:
             there = 0.0
-        together = max(alone, there)  # FSDP gathers the next block while one computes
+        # FSDP gathers the next block while one computes; attention waits for its tokens.
+        together = max(alone, there) + tokens * _crossings(c, here=here, again=again)
         parts[c.stage] += c.count * together
         waits += c.count * (together - alone)
     answer = parts["teacher"]
@@ -158,19 +201,48 @@ def step(
     )
 
 
+def waited(steps: Sequence[Step], weights: Sequence[float], load: float) -> float:
+    """Seconds of a cycle in which a worker waits for the teacher: expected, as each update draws a size of its own.
+
+    Args:
+        steps: by size of the latents.
+        weights: of the sizes.
+        load: workers that a replica answers one after the other.
+    """
+    shares = [w / sum(weights) for w in weights]
+    updates = len(steps[0].fake_updates)
+    if math.comb(updates + len(steps) - 1, updates) > DRAWN:
+        whole = mean(list(steps), list(weights))
+        return max(0.0, whole.answer * load - sum(whole.fake_updates))
+    hidden = {(0,) * len(steps): 1.0}  # chances of how many fake updates are of each size
+    for _ in range(updates):
+        more: dict[tuple[int, ...], float] = {}
+        for counts, chance in hidden.items():
+            for k, share in enumerate(shares):
+                key = (*counts[:k], counts[k] + 1, *counts[k + 1 :])
+                more[key] = more.get(key, 0.0) + chance * share
+        hidden = more
+    each = [sum(s.fake_updates) / max(updates, 1) for s in steps]
+    return math.fsum(
+        share * chance * max(0.0, s.answer * load - sum(n * e for n, e in zip(counts, each, strict=True)))
+        for s, share in zip(steps, shares, strict=True)
+        for counts, chance in hidden.items()
+    )
+
+
+def mean_of(values: Sequence[float], weights: Sequence[float]) -> float:
+    """A weighted mean."""
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
 def mean(steps: list[Step], weights: list[float]) -> Step:
     """A step on average over sizes."""
     if len(steps) == 1:
         return steps[0]
-    total = sum(weights)
-
-    def of(values: list[float]) -> float:
-        return sum(w * v for w, v in zip(weights, values, strict=True)) / total
-
     return Step(
-        rollout=of([s.rollout for s in steps]),
-        fake_updates=tuple(of(list(each)) for each in zip(*(s.fake_updates for s in steps), strict=True)),
-        generator=of([s.generator for s in steps]),
-        answer=of([s.answer for s in steps]),
-        exchange=of([s.exchange for s in steps]),
+        rollout=mean_of([s.rollout for s in steps], weights),
+        fake_updates=tuple(mean_of(list(each), weights) for each in zip(*(s.fake_updates for s in steps), strict=True)),
+        generator=mean_of([s.generator for s in steps], weights),
+        answer=mean_of([s.answer for s in steps], weights),
+        exchange=mean_of([s.exchange for s in steps], weights),
     )

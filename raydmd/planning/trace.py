@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,6 +128,21 @@ class Passes:
     peak: float = 0.0
     whole: float = 0.0
     moved: float = 0.0
+
+    def sound(self) -> Passes:
+        """The same where no part is more than its whole.
+
+        A peak is the larger one of two moments, and of few blocks or rows it can be another one than of many: what many
+        need while they are recorded can't be told from the peaks of few.
+        """
+        peak = max(self.peak, self.recording)
+        return replace(self, peak=peak, whole=max(self.whole, peak))
+
+
+def stretched(one: Passes, two: Passes, rows: int) -> Passes:
+    """What many rows cost, from what one and two do."""
+    found = {k: v + (rows - 1) * (getattr(two, k) - v) for k, v in vars(one).items() if k != "rows"}
+    return Passes(rows=rows, **found)
 
 
 class _Away:

@@ -14,7 +14,7 @@ from raydmd.errors import InputError
 from raydmd.planning import network
 from raydmd.planning.after import after
 from raydmd.planning.answer import Option
-from raydmd.planning.calibration import Calibration, Entry, Measured, default_file, key, line, read, write
+from raydmd.planning.calibration import Calibration, Entry, Measured, default_file, key, line, model_key, read, write
 from raydmd.planning.calls import count
 from raydmd.planning.hardware import read_hardware
 from raydmd.planning.known import family_of
@@ -105,10 +105,52 @@ def test_rows_between_those_measured_are_on_a_line() -> None:
     assert line([(2.0, 1.0), (4.0, 2.0)], 8) == 4.0
     assert line([(2.0, 1.0), (4.0, 2.0), (8.0, 10.0)], 6) == 6.0
     assert line([(2.0, 1.0)], 6) == 3.0
-    entry = Entry(what="", passes={"fake forward": [(2.0, 1.0)]}, updates={}, beside={}, rates={}, held=0, peak=0)
+    entry = Entry(
+        what="", model="", passes={"fake forward": [(2.0, 1.0)]}, updates={}, beside={}, rates={}, held=0, peak=0
+    )
     seconds = Measured("here", entry).seconds(lambda role, kind, rows: -1.0, 4)
     assert seconds("fake", "forward", 2.0) == 4.0
     assert seconds("student", "forward", 1.0) == -1.0
+
+
+def test_rates_are_of_their_model_and_precision_alone(recipe: Recipe) -> None:
+    paper = read_hardware("h100")
+    slow = {"forward": 2e12, "train": 1e12}
+    entry = Entry(
+        what="run: a tiny one", model=model_key(recipe), passes={}, updates={}, beside={}, rates=slow, held=0, peak=0
+    )
+    known = Calibration(machine="this", hardware=paper, entries={key(recipe): entry})
+    assert known.at(recipe).rate("fp32", train=True) == pytest.approx(1e12)
+    assert known.at(recipe).rate("fp32", train=False) == pytest.approx(2e12)
+    assert known.source(recipe) == "times measured on this"
+    other = derive(recipe, {"method.steps": 3})
+    assert known.of(other) is None
+    assert known.at(other) == known.at(recipe)
+    assert "at the rates of run: a tiny one" in known.source(other)
+    for changes in ({"training.precision": "bf16"}, {"model.path": "wan21-untrained"}):
+        large = derive(recipe, changes)
+        assert known.at(large) == paper
+        assert "nothing was measured here" in known.source(large)
+    sizes = derive(recipe, {"data.sizes": [{"height": 64, "width": 64}, {"height": 32, "width": 64}]})
+    assert known.of(sizes) is None
+    assert known.at(sizes) == known.at(recipe)
+    assert "data.sizes has several" in known.source(sizes)
+
+
+def test_what_does_not_fit_one_device_says_what_else_to_do(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        def of(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Bench, "of", of)
+
+    fail(torch.OutOfMemoryError("tried to allocate 50 GiB"))
+    with pytest.raises(InputError, match=r"sd35-tiny does not fit.*placement.teacher=tied.*without --measure"):
+        calibrate(recipe, default_file(), rounds=1)
+    assert not default_file().exists()
+    fail(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        calibrate(recipe, default_file(), rounds=1)
 
 
 def test_a_calibration_is_whole_or_refused(tmp_path: Path) -> None:

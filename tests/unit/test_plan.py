@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -23,7 +24,9 @@ from raydmd.planning.network import Network, Networks
 from raydmd.planning.planner import Planner
 from raydmd.planning.scaling import knee, sizes
 from raydmd.planning.scaling import text as text_of_sizes
+from raydmd.planning.search import options
 from raydmd.planning.show import reason, text
+from raydmd.planning.timing import Exchange, Step, step, tokens_sent, waited
 from raydmd.planning.trace import Passes
 from raydmd.recipe import Recipe, derive
 
@@ -128,6 +131,86 @@ def test_a_plan_says_what_is_best_and_why() -> None:
     assert "None fits" in why
     assert "training.student.lora={}" in why
     assert "gradient_checkpointing" not in why, "it has that already"
+
+
+@pytest.mark.usefixtures("costs")
+def test_more_gpus_are_never_a_slower_plan() -> None:
+    # A batch of 256 on 256 workers is one sample each, whose pass takes less than gathering the network for it.
+    plan = planner("sdxl", batch=256)
+    found = [plan.best(n)[1] for n in (32, 64, 128, 256, 512)]
+    hours = [a.hours for a in found if a]
+    assert len(hours) == len(found)
+    assert all(after <= 1.01 * before for before, after in itertools.pairwise(hours))
+    last = found[-1]
+    assert last
+    assert last.option.workers < 256
+    assert last.option.teachers <= 4, "no pool that idles"
+    tried = {o.workers for o in options(plan, 12) if o.placement == "local"}
+    assert tried == {1, 2, 4, 8}, "all that divide the batch"
+
+
+@pytest.mark.usefixtures("costs")
+def test_hours_are_those_of_the_cycles_that_are_shown() -> None:
+    plan = planner("sdxl", batch=8)
+    bare = plan.answer(Option(placement="remote", sharding="fsdp", workers=8, teachers=1))
+    answer, played = plan.played(bare)
+    assert answer.hours > 1.01 * bare.hours, "workers wait for the slowest"
+    shown = sum(o.step * p.cycles for o, p in zip(played, bare.phases, strict=True))
+    assert answer.hours == pytest.approx(shown / 3600)
+    assert answer.seconds * plan.recipe.training.cycles == pytest.approx(shown)
+    assert plan.played(answer)[0].hours == pytest.approx(answer.hours), "once, not again"
+    tops, best = plan.best(9, play=True)
+    assert best in tops
+    warm = Planner(derive(plan.recipe, {"training.fake_warmup": 100}), plan.hardware)
+    longer = warm.played(warm.answer(bare.option))[0]
+    assert longer.hours > answer.hours
+    assert "100 fake updates before them" in text(warm, longer, played, tops, best)
+
+
+@pytest.mark.usefixtures("costs")
+def test_a_peak_is_no_less_than_what_is_recorded() -> None:
+    # Unsharded masters are fp32, and autocast keeps a copy of each in bf16 until the forward pass has ended: at full
+    # depth that is more than the backward pass ever needs, of two blocks it is not.
+    plan = planner("wan")
+    raw = plan.networks.cost(rows=1, latent=plan.largest, bits=32, autocast=16, lora=None, again=True, train=True)
+    assert raw.recording > raw.peak
+    option = Option(placement="remote", sharding="ddp", workers=64, teachers=1)
+    role = plan.recipe.training.student
+    for rows in (1, 4):
+        found = plan._cost(role, rows, plan.largest, train=True, option=option)
+        assert found.whole >= found.peak >= found.recording >= 2 * 14e9
+
+
+def test_the_wait_is_expected_over_sizes() -> None:
+    def at(fake: float, answer: float) -> Step:
+        return Step(rollout=0, fake_updates=(fake, fake), generator=0, answer=answer, exchange=0)
+
+    small, large = at(1.0, 2.0), at(4.0, 8.0)
+    assert waited([small], [1.0], 1.0) == 0
+    assert waited([small], [1.0], 3.0) == 4.0
+    # Means hide it: 5 seconds of the teacher behind 5 of fake updates. A large one beside 2, 5 or 8 of them waits 6,
+    # 3 or 0 seconds, with chances of 1/4, 1/2 and 1/4.
+    assert waited([small, large], [1.0, 1.0], 1.0) == pytest.approx(0.5 * (6 / 4 + 3 / 2))
+    assert waited([small, large], [3.0, 1.0], 1.0) == pytest.approx(0.25 * (6 * 9 / 16 + 3 * 6 / 16))
+
+
+def test_tokens_that_workers_share_are_on_the_wire() -> None:
+    config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
+    each = 40 * 32760 * 5120 * 2 / 8  # a block's queries of a worker; so are keys, values, and what attention makes
+    assert tokens_sent(config, 32760, 8, 2.0) == pytest.approx(4 * each * 7 / 8)
+    [calls] = counted({"name": "dmd2", "steps": 1, "shift": 3.0}, updates=1)
+    nothing = Exchange(pass_seconds={}, update_seconds={}, size=0.0)
+    now = {"updates": {"student": 0.0, "fake": 0.0}, "traffic": nothing, "fake_updates": 1}
+
+    def took(*, again: bool, here: bool = True) -> Step:
+        return step(calls, lambda *_: 0.0, here=here, tokens=1.0, again=again, **now)  # type: ignore[arg-type]
+
+    # of the student: two rollouts, one of them recorded; of the fake score: its update, and its own answer
+    assert took(again=False).busy == 2 + 2 + 2 + 1 + 2 - 1
+    assert took(again=True).busy == took(again=False).busy + 2, "two backward passes"
+    assert took(again=False, here=False).busy == took(again=False).busy - 2, "a guided teacher elsewhere"
+    assert took(again=True).exchange == took(again=True).busy
+    assert nothing.with_tokens(10.0, calls, here=True, again=True).size == 10 * took(again=True).busy
 
 
 def test_sums_are_those_of_the_trainers_tensors() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from raydmd.planning.simulate import Shape, simulate
+from raydmd.planning.simulate import Shape, Size, simulate
 
 pytestmark = pytest.mark.unit
 
@@ -42,6 +44,23 @@ def test_jitter_costs_more_with_more_workers_and_repeats_by_seed() -> None:
     assert 0 < few.barrier < many.barrier
     assert simulate(Shape(workers=64, jitter=0.05, **CYCLE)) == many
     assert simulate(Shape(workers=64, jitter=0.05, seed=1, **CYCLE)) != many
+
+
+def test_each_update_draws_a_size() -> None:
+    sizes = (
+        Size(weight=3.0, rollout=0.5, fake=0.5, generator=0.5, answer=0.5),
+        Size(weight=1.0, rollout=2.5, fake=2.5, generator=2.5, answer=2.5),
+    )
+    alone = simulate(Shape(workers=2, sizes=sizes, **CYCLE))
+    assert alone.step == pytest.approx(8.0), "a mean over the counted cycles, each size as often as it weighs"
+    assert alone.barrier == 0, "all workers draw the same"
+    # On average 4 seconds hide behind 5. A large one's 10 hide behind five small updates' 2.5 as little as behind six.
+    hidden = {"replicas": 1, "service": lambda n: 4.0, "batch_items": 1}
+    assert simulate(Shape(workers=1, **hidden, **CYCLE)).wait == 0
+    found = simulate(Shape(workers=1, sizes=sizes, **hidden, cycles=200, **CYCLE))
+    chances = [math.comb(5, k) * 0.25**k * 0.75 ** (5 - k) for k in range(6)]  # of so many large fake updates
+    expected = 0.25 * sum(c * max(0.0, 10 - (2.5 * k + 0.5 * (5 - k))) for k, c in enumerate(chances))
+    assert found.wait * found.step == pytest.approx(expected, rel=0.15)
 
 
 def test_runs_fill_a_shared_pool() -> None:
