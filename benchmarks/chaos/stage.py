@@ -150,7 +150,9 @@ class Stage:
         if self.kind not in ("node", "pool network"):
             yield
             return
-        with Nodes(**{k: v for k, v in self.env.items() if k != "RAY_TMPDIR"}) as cluster:
+        # Ray's own patience outlasts a cut, as it does unless it is told otherwise: the node is silent, and not dead.
+        cut = {"RAY_health_check_failure_threshold": "60"} if self.kind == "pool network" else {}
+        with Nodes(**{k: v for k, v in self.env.items() if k != "RAY_TMPDIR"}, **cut) as cluster:
             if self.kind == "node":
                 first = cluster.start(cpus=0)
                 self.nodes = [first, *(cluster.start(cpus=2, resources={"trainer": 2}) for _ in range(2))]
