@@ -258,14 +258,23 @@ def tell(faults: list[dict[str, Any]], events: list[dict[str, Any]], ends: list[
     drivers = sum(not KINDS[f["kind"]][1] for f in faults)
     if drivers > sum(end != DONE for end in ends):
         wrong.append(f"the driver was hit {drivers} times, and the command ended with {ends}")
-    groups = [k for k in KINDS if KINDS[k][2] == RESTART]
-    hit, back = sum(f["kind"] in groups for f in faults), sum(e["event"] == "restart" for e in events)
-    if back < hit:
-        wrong.append(f"workers or controllers were hit {hit} times, and the log tells of {back} restarts")
-    cut, back = sum(f["kind"] == CUT_OFF for f in faults), sum(e["event"] == "fallback" for e in events)
-    if back < cut:
+    hits = [f["time"] for f in faults if KINDS[f["kind"]][2] == RESTART]
+    # Whoever is hit once more before anything was committed was no other group: one that stood still, say.
+    groups = sum(n == 0 or committed(events, hits[n - 1], hit) for n, hit in enumerate(hits))
+    if (back := sum(e["event"] == "restart" for e in events)) < groups:
+        wrong.append(f"workers or controllers were hit {groups} times, and the log tells of {back} restarts")
+    # What outlives a driver for a second may commit another checkpoint: then nobody needs the one that was cut off.
+    begun = [e["time"] for e in events if e["event"] in (*AGAIN, "damaged", "fallback")]
+    cuts = [f["time"] for f in faults if f["kind"] == CUT_OFF]
+    cut = sum(not committed(events, t, min((b for b in begun if b > t), default=t)) for t in cuts)
+    if (back := sum(e["event"] == "fallback" for e in events)) < cut:
         wrong.append(f"{cut} checkpoints were cut off, and the log tells of {back} falls back")
     return wrong
+
+
+def committed(events: list[dict[str, Any]], since: float, until: float) -> bool:
+    """Whether a checkpoint was committed between two times."""
+    return any(e["event"] == "committed" and since < e["time"] < until for e in events)
 
 
 def rendered(found: dict[str, Any]) -> str:

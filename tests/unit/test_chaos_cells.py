@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.chaos.cells import CYCLES, KINDS, LEFT_OUT, MOMENTS, Cell, absent, cells, recovery, runs
 from benchmarks.chaos.checks import tracked
-from benchmarks.chaos.soak import FAULTS, tell
+from benchmarks.chaos.soak import CUT_OFF, FAULTS, tell
 from benchmarks.chaos.soak import KINDS as SOAKED
 from benchmarks.chaos.table import rendered
 
@@ -162,6 +162,7 @@ def test_a_process_stands_still_at_its_moment_and_once_alone(tmp_path: Path) -> 
 def test_a_fault_of_the_soak_that_the_log_does_not_tell_of_is_wrong() -> None:
     faults = [{"kind": kind, "time": 10.0 * n, "after": 10.0 * n} for n, kind in enumerate(SOAKED, 1)]
     told = [event(10.0 * n + 1, words[-1]) for n, (_, _, words) in enumerate(SOAKED.values(), 1) if words]
+    told += [event(10.0 * n + 2, "committed") for n in range(1, len(SOAKED) + 1)]
     waits = next(kind for kind, (_, _, words) in SOAKED.items() if not words)
     faults = [{"kind": waits, "time": 1.0, "after": 1.0}] * (FAULTS - len(faults)) + faults
     ends = [-9, 3, -9, 0]
@@ -171,6 +172,12 @@ def test_a_fault_of_the_soak_that_the_log_does_not_tell_of_is_wrong() -> None:
     for word, said in (("restart", "hit 3 times, and the log tells of 2"), ("fallback", "tells of 0 falls back")):
         missing = next(e for e in told if e["event"] == word)
         assert said in tell(faults, [e for e in told if e is not missing], ends)[-1]
+    groups = [e for e in told if e["event"] != "committed"]
+    missing = next(e for e in groups if e["event"] == "restart")
+    assert not tell(faults, [e for e in groups if e is not missing], ends), "two hits of one group are one restart"
+    cut = next(f["time"] for f in faults if f["kind"] == CUT_OFF)
+    another = [event(cut + 0.5, "committed"), event(cut + 1, "resume"), *(e for e in told if e["event"] != "fallback")]
+    assert not tell(faults, another, ends), "nobody needs what was cut off where there is a later one"
     late = [e for e in told if e["time"] < 65]
     assert [w for w in tell(faults, late, ends) if w.startswith("nothing")] == [
         f"nothing is told of '{kind}' after {n / 6:.1f} min" for n, kind in enumerate(SOAKED, 1) if n > 6
