@@ -198,6 +198,11 @@ class Family(Encoding):
         del latent
         return ()
 
+    def attention(self) -> tuple[int, int]:
+        """Attention blocks whose tokens ranks share under sequence parallelism, and how wide a token is there."""
+        config = self._config(self._kind(), self.routing().experts[0])
+        return config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+
     def check_sequence(self, size: int, latents: Iterable[tuple[int, ...]] = ()) -> None:
         """Refuse groups of ranks that can't share a sample.
 

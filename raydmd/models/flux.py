@@ -126,6 +126,11 @@ class Flux(Family):
         """See :class:`~raydmd.models.family.Family`."""
         return (prod(latent[1:]) // CELL**2, self.text_length())
 
+    def attention(self) -> tuple[int, int]:
+        """See :class:`~raydmd.models.family.Family`; blocks of one stream follow those of two."""
+        blocks, width = super().attention()
+        return blocks + self._config(self._kind(), "transformer")["num_single_layers"], width
+
     def text_length(self) -> int:
         """Tokens T5's prompt is padded to; CLIP's own are as many as its tokenizer has."""
         return self._length(512, "tokenizer_2")

@@ -330,8 +330,7 @@ class Planner:
         """Bytes that a worker sends those it shares a sample with, in a forward pass of one."""
         if sequence == 1:
             return 0.0
-        config = self.family._config(self.family._kind(), self.family.network)
-        return tokens_sent(config, sum(self.family.tokens(latent)), sequence, self._compute)
+        return tokens_sent(*self.family.attention(), sum(self.family.tokens(latent)), sequence, self._compute)
 
     @property
     def _bare(self) -> Network:

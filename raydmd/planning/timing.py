@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from raydmd.planning.calls import Calls, Kind, PhaseCalls
     from raydmd.planning.hardware import Hardware
@@ -130,18 +130,17 @@ def exchange(hardware: Hardware, student: RoleSize, fake: RoleSize, setting: Set
     return Exchange(pass_seconds=passes, update_seconds=updates, size=size)
 
 
-def tokens_sent(config: Mapping[str, Any], tokens: int, sequence: int, compute: float) -> float:
+def tokens_sent(blocks: int, width: int, tokens: int, sequence: int, compute: float) -> float:
     """Bytes that a worker sends in a forward pass of a sample that several share: four exchanges in each block.
 
     Args:
-        config: of the network.
+        blocks: with attention.
+        width: of a token there.
         tokens: of the sample.
         sequence: workers that share it.
         compute: bytes of a value.
     """
-    layers = config["num_layers"] + config.get("num_single_layers", 0)
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    return float(4 * layers * tokens * width * compute / sequence * (sequence - 1) / sequence)
+    return float(4 * blocks * tokens * width * compute / sequence * (sequence - 1) / sequence)
 
 
 def _crossings(c: Calls, *, here: bool, again: bool) -> float:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRESS = "progress.json"
+FINAL, PHASE = "-final", "-phase"
+"""Ends of the names of a run's last checkpoint, after which none comes, and of those that end a phase."""
 STUDENT = "student"
 """Folder of a finished run's checkpoint that holds its student, one safetensors file per expert."""
 

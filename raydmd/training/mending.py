@@ -1,7 +1,8 @@
 """Going on from the last whole checkpoint where a run's newest ones, or Ray Train's books on them, are damaged.
 
 Ray Train takes the newest checkpoint that its books name, and none else. So the best whole one is put where workers
-look for one that their run has taken over, and Ray Train begins new books under another name; nothing is deleted.
+look for one that their run has taken over, and Ray Train begins new books under another name. What was written to
+its end is never deleted here, damaged or not.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raydmd.errors import DamagedCheckpoint, RunFailed
+from raydmd.errors import DamagedCheckpoint, RunFailed, RunStopped
 from raydmd.redact import hidden
 from raydmd.training.checkpoint import cycle_of
 from raydmd.training.events import METRICS, EventLog, append, read_lines
 from raydmd.training.folder import trained
 from raydmd.training.manifest import damage, unfinished
-from raydmd.training.restarts import COMMITTED
+from raydmd.training.restarts import COMMITTED, FALLBACK
 from raydmd.training.store import PARTIAL, Store, check_space, link_tree
-from raydmd.training.takeover import FALLBACK, TAKEN, since
+from raydmd.training.takeover import TAKEN, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST = 3
 """Falls back to one checkpoint, with none committed after it, that show more than a damaged file."""
+HOPELESS = (errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
+"""What is as wrong a while later."""
 PAUSE = 5.0
 """Seconds between two questions to object storage that does not answer."""
 
@@ -145,7 +148,7 @@ def clear(recipe: Recipe) -> None:
 
 
 def patiently(ask: Callable[[], T], recipe: Recipe, meanwhile: Callable[[], object] = lambda: None) -> T:
-    """What object storage answers, as soon as it does; a disk's errors are raised at once.
+    """What object storage answers, as soon as it does; a disk's errors are raised at once, and what is not there.
 
     Args:
         ask: what may raise ``OSError``.
@@ -153,21 +156,30 @@ def patiently(ask: Callable[[], T], recipe: Recipe, meanwhile: Callable[[], obje
         meanwhile: is called between two tries.
 
     Raises:
-        OSError: of the last try.
+        OSError: if waiting does not help.
+        RunFailed: if it does not answer in time.
+        RunStopped: if the run is stopped meanwhile.
     """
-    end, told = time.monotonic() + recipe.placement.room_timeout, False
+    patience, told = recipe.placement.room_timeout, ""
+    end = time.monotonic() + patience
     while True:
         try:
             return ask()
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if recipe.checkpoints.storage is None or full or time.monotonic() > end:
+            if recipe.checkpoints.storage is None or error.errno in HOPELESS:
                 raise
+            what = hidden(f"checkpoints.storage={recipe.checkpoints.storage} does not answer: {error}")
+            if time.monotonic() > end:
+                raise RunFailed(
+                    f"run '{recipe.name}': {what}, for placement.room_timeout={patience:g} s. "
+                    "The same command resumes it"
+                ) from error
             if not told:
-                message = f"checkpoints.storage={recipe.checkpoints.storage} does not answer: {error}"
-                EventLog(recipe.folder / "events.jsonl").write("waiting", message=message)
-                print(f"{hidden(message)}; asked again for up to {recipe.placement.room_timeout:g} s", flush=True)
-                told = True
+                told = what
+                EventLog(recipe.folder / "events.jsonl").write("waiting", message=what)
+                print(f"{what}; asked again for up to {patience:g} s (placement.room_timeout)", flush=True)
+        if (recipe.folder / "STOP").exists():
+            raise RunStopped(f"run '{recipe.name}' stopped while {told}; the same command resumes it")
         meanwhile()
         time.sleep(PAUSE)
 

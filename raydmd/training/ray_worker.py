@@ -46,7 +46,7 @@ from raydmd.training.ranks import Ranks, patience
 from raydmd.training.sampling import Samplers
 from raydmd.training.session import Session
 from raydmd.training.shared import SharedClient
-from raydmd.training.store import Store, check_space
+from raydmd.training.store import SEEN_WITHIN, Store, check_space
 from raydmd.training.takeover import TAKEN, pending, since, taken
 from raydmd.training.tied import Tied
 from raydmd.training.watchdog import Watchdog
@@ -65,8 +65,6 @@ Connect = Callable[["ClientSpec"], PoolClient]
 """Makes this rank's client of a pool."""
 AGAIN = "asked_again"
 """Kind of event that a worker writes when it asks a pool once more after a failure or a silence."""
-SEEN_WITHIN = 90
-"""Seconds within which all nodes must see what the driver has put into the run's folder; NFS may take 60."""
 COMMIT = 10.0
 """Seconds within which Ray Train books a checkpoint whose files are there on all ranks."""
 SYNC, ASYNC = CheckpointUploadMode.SYNC, CheckpointUploadMode.ASYNC

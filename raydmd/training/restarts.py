@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PAUSES = (0.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before the first restart without progress, the second, and so on; the last one for all others."""
 
-COMMITTED = "committed"
+COMMITTED, FALLBACK = "committed", "fallback"
 """Kind of event of a checkpoint that a restart would go on from: Ray Train's books have it."""
 
 Kind = Literal["error", "death", "memory", "full_node", "stall", "start", "room"]
@@ -131,6 +131,6 @@ def progress(events: Iterable[Mapping[str, Any]]) -> str:
     for e in events:
         if e["event"] == COMMITTED:
             reached = max(reached, str(e["checkpoint"]))
-        elif e["event"] == "fallback":
+        elif e["event"] == FALLBACK:
             reached = str(e["checkpoint"])
     return reached

@@ -15,16 +15,11 @@ from ray.train import UserCallback
 from raydmd.errors import InputError
 from raydmd.evaluation.table import COLUMNS, column
 from raydmd.recipe_io import nearest
-from raydmd.training.checkpoint import cycle_of
+from raydmd.training.checkpoint import FINAL, PHASE, cycle_of
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.mending import names_in
 from raydmd.training.store import KEPT, Store
 from raydmd.training.students import EVALUATION, EVALUATIONS
-
-FINAL = "-final"
-"""End of the name of one that Ray Train never deletes: none comes after it."""
-PHASE = "-phase"
-"""End of the name of one that ends a phase; its student's name has none."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

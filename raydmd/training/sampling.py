@@ -27,6 +27,7 @@ from raydmd.serving.messages import RolloutRequest
 from raydmd.training.checkpoint import STUDENT
 from raydmd.training.export import fill, student_experts
 from raydmd.training.roles import add_adapter
+from raydmd.training.store import SEEN_WITHIN
 from raydmd.training.students import write_student
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
 LIVE = "live"
 """Folder of a run with the weights that samplers follow."""
-SEEN_WITHIN = 30.0
-"""Seconds until what one node has written must be seen by all."""
 KEPT = 3
 """Versions that stay there: one that is asked for must not go before it is read."""
 

@@ -27,6 +27,7 @@ from raydmd.errors import InputError, RunFailed
 from raydmd.files import replace
 from raydmd.training.events import read_lines
 from raydmd.training.manifest import FIRST
+from raydmd.training.restarts import FALLBACK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,8 @@ CHUNK = 64 * 1024 * 1024
 SPARE = 16 * 1024 * 1024
 PAUSES = (1.0, 4.0, 15.0)
 """Seconds after which object storage that has refused files is given them again."""
+SEEN_WITHIN = 90
+"""Seconds within which all nodes must see what one has put into the run's folder; NFS may take 60."""
 PATIENCE = 60.0
 """Seconds within which object storage must answer a first question."""
 
@@ -212,7 +215,7 @@ def experiment(folder: Path) -> str:
 
     It takes the newest checkpoint that its books name, and none else; so what has a damaged one is left as it is.
     """
-    falls = sum(e["event"] == "fallback" for e in read_lines(folder / "events.jsonl"))
+    falls = sum(e["event"] == FALLBACK for e in read_lines(folder / "events.jsonl"))
     return f"{TRAIN}-{falls + 1}" if falls else TRAIN
 
 

@@ -19,7 +19,7 @@ from raydmd.training.checkpoint import PROGRESS, cycle_of, name_of, read_progres
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.lock import PATIENCE, locked
 from raydmd.training.manifest import reseal
-from raydmd.training.restarts import COMMITTED
+from raydmd.training.restarts import COMMITTED, FALLBACK
 from raydmd.training.store import PARTIAL, Store, link_tree
 from raydmd.training.students import STUDENTS
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TAKEN = "taken"
 """Folder of a run with the checkpoint that it took over."""
 EVENTS = "events.jsonl"
-LEG, EXPLOIT, FALLBACK = "leg", "exploit", "fallback"
+LEG, EXPLOIT = "leg", "exploit"
 
 
 def take_over(recipe: Recipe, donor: Path, *, cycle: int, changes: Mapping[str, Any]) -> bool:

@@ -277,7 +277,7 @@ class Worker:
                 return True
             fresh = self._load(folder)
             if folder == own and (folder / checkpoint.STUDENT).is_dir():
-                self._final = checkpoint.name_of(self.cycle, self.watch.measures.attempt) + "-final"
+                self._final = checkpoint.name_of(self.cycle, self.watch.measures.attempt) + checkpoint.FINAL
             self.events.write("resume", cycle=self.cycle, world=self.session.world)
             return fresh
 
@@ -378,7 +378,7 @@ class Worker:
         """Write a checkpoint; ``student`` adds the weights to export."""
         self._doing(f"writes a checkpoint after cycle {self.cycle}")
         start = time.perf_counter()
-        suffix = "-final" if student else "-phase" if ended else ""
+        suffix = checkpoint.FINAL if student else checkpoint.PHASE if ended else ""
         name = checkpoint.name_of(self.cycle, self.watch.measures.attempt) + suffix
         progress = checkpoint.Progress(
             cycle=self.cycle,

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from raydmd.errors import DamagedCheckpoint, InputError, RunFailed
+from raydmd.errors import DamagedCheckpoint, InputError, RunFailed, RunStopped
 from raydmd.recipe import Recipe, derive
-from raydmd.training import checkpoint, store
+from raydmd.training import checkpoint, mending, store
 from raydmd.training.events import METRICS, EventLog, read_lines
 from raydmd.training.folder import same_run
 from raydmd.training.manifest import damage, seal
@@ -114,6 +114,38 @@ def test_storage_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="SLOW_DOWN"):
         own.send(tmp_path / "part", "cycle-00000002")
     assert len(told) == 2
+
+
+def test_storage_that_is_away_is_waited_for_unless_that_is_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = run_of(tmp_path, "s3://bucket/runs", **{"placement.room_timeout": 60})
+    r.folder.mkdir(parents=True)
+    monkeypatch.setattr(mending, "PAUSE", 0.0)
+    answers: list[Exception | str] = [OSError("no route"), OSError("no route"), "here"]
+
+    def ask() -> str:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    assert mending.patiently(ask, r) == "here"
+    assert capsys.readouterr().out.count("s3://bucket/runs does not answer: no route; asked again for up to 60 s") == 1
+    assert [e["event"] for e in read_lines(r.folder / "events.jsonl")] == ["waiting"]
+    answers = [FileNotFoundError(2, "gone")]
+    with pytest.raises(FileNotFoundError):
+        mending.patiently(ask, r)
+    (r.folder / "STOP").touch()
+    answers = [OSError("no route")]
+    with pytest.raises(RunStopped, match="no route; the same command"):
+        mending.patiently(ask, r)
+    (r.folder / "STOP").unlink()
+    answers = [OSError("no route")] * 1000
+    with pytest.raises(RunFailed, match=r"placement\.room_timeout=0\.001 s"):
+        mending.patiently(ask, derive(r, {"placement.room_timeout": 0.001}))
+    answers = [OSError("a disk's")]
+    with pytest.raises(OSError, match="a disk's"):
+        mending.patiently(ask, derive(r, {"checkpoints.storage": None}))
 
 
 def test_two_runs_of_a_name_do_not_meet(tmp_path: Path, storage: str | None) -> None:

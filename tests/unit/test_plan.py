@@ -195,9 +195,8 @@ def test_the_wait_is_expected_over_sizes() -> None:
 
 
 def test_tokens_that_workers_share_are_on_the_wire() -> None:
-    config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
     each = 40 * 32760 * 5120 * 2 / 8  # a block's queries of a worker; so are keys, values, and what attention makes
-    assert tokens_sent(config, 32760, 8, 2.0) == pytest.approx(4 * each * 7 / 8)
+    assert tokens_sent(40, 5120, 32760, 8, 2.0) == pytest.approx(4 * each * 7 / 8)
     [calls] = counted({"name": "dmd2", "steps": 1, "shift": 3.0}, updates=1)
     nothing = Exchange(pass_seconds={}, update_seconds={}, size=0.0)
     now = {"updates": {"student": 0.0, "fake": 0.0}, "traffic": nothing, "fake_updates": 1}
