@@ -8,29 +8,30 @@ set -euo pipefail
 seconds=${1:-110}
 [[ $seconds =~ ^[0-9]+$ ]] || { echo "drain.sh: SECONDS must be a number, got '$seconds'" >&2; exit 2; }
 
-# The raylet of this node; several nodes of one machine tell themselves apart by their addresses.
-own=" $(hostname -I) 127.0.0.1 "
-raylet='' words=''
+# Every raylet of this node: of several clusters, if they share it. Whoever shares this node's processes alone (containers, or
+# nodes that are played on one machine) has a network of its own.
+network=$(readlink /proc/self/ns/net)
+raylets=() nodes=() heads=()
 for process in /proc/[0-9]*; do
     words=$(tr '\0' '\n' <"$process/cmdline" 2>/dev/null) || continue
     [[ ${words%%$'\n'*} == */raylet/raylet ]] || continue
-    address=$(sed -n 's/^--node_ip_address=//p' <<<"$words")
-    if [[ $own == *" $address "* ]]; then
-        raylet=${process#/proc/}
-        break
-    fi
+    [[ $(readlink "$process/ns/net") == "$network" ]] || continue
+    raylets+=("${process#/proc/}")
+    nodes+=("$(sed -n 's/^--node_id=//p' <<<"$words")")
+    heads+=("$(sed -n 's/^--gcs-address=//p' <<<"$words")")
 done
-[[ $raylet ]] || { echo "drain.sh: no Ray runs on this node" >&2; exit 1; }
+((${#raylets[@]})) || { echo "drain.sh: no Ray that $(id -un) can see runs on this node" >&2; exit 1; }
 
-node=$(sed -n 's/^--node_id=//p' <<<"$words")
-head=$(sed -n 's/^--gcs-address=//p' <<<"$words")
-end=$((SECONDS + seconds))
-ray drain-node --address "$head" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
-    --reason-message "drain.sh: this node goes in $seconds s" --deadline-remaining-seconds "$seconds"
-echo "drain.sh: node $node of $head has $seconds s"
+end=$((SECONDS + seconds)) code=0
+for i in "${!raylets[@]}"; do
+    ray drain-node --address "${heads[i]}" --node-id "${nodes[i]}" --reason DRAIN_NODE_REASON_PREEMPTION \
+        --reason-message "drain.sh: this node goes in $seconds s" --deadline-remaining-seconds "$seconds" || { code=1; continue; }
+    echo "drain.sh: node ${nodes[i]} of ${heads[i]} has $seconds s"
+done
 
 # Idle workers are titled ray::IDLE; the others work.
-busy() { pgrep -P "$raylet" -f '^ray::[^I]' >/dev/null; }
-while ((SECONDS < end)) && busy; do
+busy() { pgrep -P "$(IFS=,; echo "${raylets[*]}")" -f '^ray::[^I]' >/dev/null; }
+while ((code == 0 && SECONDS < end)) && busy; do
     sleep 1
 done
+exit "$code"

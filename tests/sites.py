@@ -191,9 +191,9 @@ class Node:
     def drain(self, seconds: int) -> None:
         """Give notice that it will be taken away, as a cloud does; whoever gives it kills it.
 
-        With ``cluster/drain.sh``, which finds its node by the address: that must be the node's own.
+        With ``cluster/drain.sh``, which finds its node by its network: that must be the node's own.
         """
-        assert self.space, "all nodes share one address"
+        assert self.space, "all nodes share one network"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         log = self.folder / f"{self.name}-drain.log"
         with log.open("w") as file:

@@ -52,9 +52,20 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_it_is_back(home: Path, no
     assert same_course(*both, CYCLES, BATCH, slots) == {1, 2}
 
 
-def test_a_notice_that_a_node_goes_is_heeded_with_a_checkpoint(home: Path, nodes: Nodes, fixed: Launch) -> None:
-    """With no failure allowed: a node that was to go is none."""
-    if not nodes.apart:
+@pytest.fixture
+def others() -> Iterator[Nodes]:
+    """Another cluster beside it, whose nodes have the same addresses in networks of their own."""
+    with Nodes() as nodes:
+        nodes.start()
+        nodes.start()
+        yield nodes
+
+
+def test_a_notice_that_a_node_goes_is_heeded_with_a_checkpoint(
+    home: Path, others: Nodes, nodes: Nodes, fixed: Launch
+) -> None:
+    """With no failure allowed: a node that was to go is none. Another cluster's node is not told in its place."""
+    if not (nodes.apart and others.apart):
         pytest.skip("nodes with addresses of their own need root")
     head = nodes.start(cpus=2, resources={"trainer": 1, "teacher": 1})
     other = nodes.start(cpus=2, resources={"trainer": 1})
