@@ -186,7 +186,7 @@ class Member:
     def begin(self) -> None:
         """Build it, with the others."""
         import torch.distributed as dist
-        from runs import conditions, dmd2
+        from one_worker import conditions, dmd2
 
         from raydmd.models import load_family
         from raydmd.models.base import Conditions

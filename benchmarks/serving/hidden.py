@@ -22,7 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pools
-from runs import FAKE_UPDATES, cycles, dmd2, seconds
+from one_worker import FAKE_UPDATES, cycles, dmd2, seconds
 
 from raydmd.serving.client import Client, Pending
 from raydmd.serving.order import Order, Packed, Replicas

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pools
 import ray
 import torch
-from runs import conditions, cycles, dmd2
+from one_worker import conditions, cycles, dmd2
 
 from raydmd.models import load_family
 from raydmd.serving.pool_client import PoolClient

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pools
 import torch
+from one_worker import conditions, cycles, dmd2
 from plain_loop import Loop
-from runs import conditions, cycles, dmd2
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydmd.draws import Draws
