@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydmd.planning.answer import nearest
 from raydmd.planning.hardware import GIB, ON_PAPER
+from raydmd.planning.search import top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,10 +207,13 @@ def reason(planner: Planner, tops: Sequence[Answer], best: Answer | None, enough
             short.append(f"its node lacks {lacks} GB for each worker's activations (training.offload_activations)")
         more = f" On more GPUs: {enough.option}, {enough.hours:.3g} hours." if enough else ""
         return f"None fits here. Of {least.option}, the nearest, {' and '.join(short)}.{more}"
-    others = [a for a in tops if a.option.placement != best.option.placement]
+    by: dict[str, list[Answer]] = {}
+    for answer in tops:
+        by.setdefault(answer.option.placement, []).append(answer)
     said = []
-    for other in others:
-        name = other.option.placement
+    by.pop(best.option.placement)
+    for name, answers in by.items():
+        other = top(answers)
         if not other.fits:
             said.append(f"{name} needs {gigabytes(other.needs)} GB of {gigabytes(other.room)}")
         else:
