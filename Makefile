@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 NODES := $(addprefix tests/chaos/test_,two_nodes.py elastic.py other_workers.py taken_over.py \
-	doctor_nodes.py job_nodes.py slurm.py services.py)
+	autoscaled.py doctor_nodes.py job_nodes.py slurm.py services.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-chaos test-nodes test-sweeps chaos soak sweep experiments methods collapse serving screenshots docs lint format

@@ -34,6 +34,8 @@ class Placement(Section):
     """A pool; a copy in each worker; or one network in each worker whose adapters are student and fake score."""
     room_timeout: Positive = 1800.0
     """Seconds that a run waits for room for its workers again, after a node has gone."""
+    autoscaled: bool = False
+    """Whether Ray's autoscaler may bring nodes that a run lacks: it is asked for them, and waited for just as long."""
     worker_cpus: Positive = 0.5
     """Of each worker, as Ray counts them; ``threads`` is what it uses."""
     teacher_cpus: Positive = 0.5

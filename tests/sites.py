@@ -274,6 +274,7 @@ class Nodes(contextlib.AbstractContextManager["Nodes"]):
         resources: dict[str, float] | None = None,
         dashboard: bool = False,
         before: Sequence[str] = (),
+        more: Sequence[str] = (),
         **env: str,
     ) -> Node:
         """Add a node.
@@ -283,10 +284,11 @@ class Nodes(contextlib.AbstractContextManager["Nodes"]):
             resources: of its own.
             dashboard: whether it has one, at port 8265; the head alone.
             before: what to put before the command that starts Ray on it, e.g. ``prlimit``.
+            more: words for that command, e.g. ``--autoscaling-config``.
             env: for Ray and its workers on this node.
         """
         number = len(self._nodes) + 1
-        asked = [f"--num-cpus={cpus:g}", f"--resources={json.dumps(resources or {})}"]
+        asked = [f"--num-cpus={cpus:g}", f"--resources={json.dumps(resources or {})}", *more]
         if number == 1:
             asked.append(f"--include-dashboard={'true' if dashboard else 'false'}")
         if dashboard:

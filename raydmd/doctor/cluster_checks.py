@@ -211,6 +211,9 @@ def check_room(facts: Facts) -> list[Finding]:
     if not facts.room:
         return [Finding("room", "ok", "the recipe fits")]
     said, _, cure = facts.room.rpartition("\n")
+    if facts.grows:
+        asks = "raydmd asks Ray's autoscaler for it (placement.autoscaled), which has placement.room_timeout for it"
+        return [Finding("room", "warn", said, asks)]
     return [
         Finding("room", "bad", said, f"{cure}; see cluster/README.md for how nodes get trainer, teacher and reward")
     ]

@@ -184,6 +184,7 @@ class Facts:
         services: Prometheus and Grafana, where they are named.
         tracking: the recipe's tracking server; ``None`` without a recipe.
         room: why a recipe has no room; empty if it has, ``None`` without a recipe.
+        grows: whether the recipe asks Ray's autoscaler for room that it lacks.
         need: of its checkpoints; ``None`` without a recipe, and where it can't be told.
     """
 
@@ -197,6 +198,7 @@ class Facts:
     services: tuple[Service, ...] = ()
     tracking: Service | None = None
     room: str | None = None
+    grows: bool = False
     need: Need | None = None
 
     @property

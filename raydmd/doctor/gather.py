@@ -16,7 +16,8 @@ from raydmd.doctor.room import need_of
 from raydmd.doctor.services import ask_tracking
 from raydmd.errors import InputError
 from raydmd.serving.top import join
-from raydmd.training.cluster import check_room, lasting, living_nodes
+from raydmd.training.cluster import lasting
+from raydmd.training.room import check_room, living_nodes
 
 if TYPE_CHECKING:
     from raydmd.recipe import Recipe
@@ -46,7 +47,8 @@ def gather(address: str, recipe: Recipe | None, deadline: float) -> Facts:
         return Facts(address=address, joined=str(error), asks_token=asks, tracking=tracking)
     try:
         found = Cluster(deadline).look(folders, inputs_of(recipe) if recipe else [], storage)
-        return dataclasses.replace(found, address=address, tracking=tracking, room=_room(recipe), need=need)
+        room, grows = _room(recipe), bool(recipe and recipe.placement.autoscaled)
+        return dataclasses.replace(found, address=address, tracking=tracking, room=room, grows=grows, need=need)
     finally:
         ray.shutdown()
 

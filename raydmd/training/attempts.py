@@ -17,12 +17,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydmd.errors import RunFailed, RunStopped
 from raydmd.redact import hidden
 from raydmd.training.checkpoint import cycle_of
-from raydmd.training.cluster import lacks_room, living_nodes
 from raydmd.training.events import EventLog, read_lines
 from raydmd.training.failures import explain
 from raydmd.training.groups import controller, free_orphans, give_back
 from raydmd.training.mending import catch_up, check_books, clear, patiently
 from raydmd.training.restarts import Budget, GiveUp, progress
+from raydmd.training.room import wait_for_room
 from raydmd.training.stopping import fit
 from raydmd.training.watchdog import Post, kept, posts
 
@@ -209,45 +209,6 @@ def _put_away(folder: Path, log: EventLog) -> list[str]:
     for file, doing in found.items():
         log.write("stalled", doing=doing, stacks=str(file))
     return list(found.values())
-
-
-def wait_for_room(
-    recipe: Recipe,
-    log: EventLog,
-    meanwhile: Callable[[], Any],
-    nodes: Callable[[], Sequence[Mapping[str, float]]] = living_nodes,
-    pause: float = 1.0,
-) -> None:
-    """Wait until the cluster has nodes for the workers again, which is no failure of theirs.
-
-    Args:
-        recipe: the run.
-        log: is told once what there is too little of.
-        meanwhile: is called between two looks.
-        nodes: the living ones' resources.
-        pause: seconds between two looks.
-
-    Raises:
-        RunFailed: if it has none in time.
-        RunStopped: if the run is stopped meanwhile.
-    """
-    stop = recipe.folder / "STOP"
-    patience, told = recipe.placement.room_timeout, ""
-    deadline = time.monotonic() + patience
-    while (lack := lacks_room(recipe, nodes())) and time.monotonic() < deadline:
-        if lack != told:
-            told = lack
-            log.write("waiting", message=lack)
-            print(f"{lack}; waiting for up to {patience:g} s (placement.room_timeout)", flush=True)
-        if stop.exists():
-            raise RunStopped(f"run '{recipe.name}' stopped while there was {lack}; the same command resumes it")
-        meanwhile()
-        time.sleep(pause)
-    if lack:
-        raise RunFailed(
-            f"run '{recipe.name}': {lack}, for placement.room_timeout={patience:g} s. Its last checkpoint is kept: "
-            "bring nodes back and give the same command, or one with fewer --workers"
-        )
 
 
 def _wait(seconds: float, stop: Path, meanwhile: Callable[[], Any]) -> None:

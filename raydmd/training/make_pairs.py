@@ -18,12 +18,13 @@ from raydmd.pairs.origin import folder_of, origin_of
 from raydmd.serving.engine import TeacherEngine
 from raydmd.serving.local import LocalClient
 from raydmd.serving.pool_client import PoolClient
-from raydmd.training.cluster import check_room, connect, lasting, living_nodes
+from raydmd.training.cluster import connect, lasting
 from raydmd.training.encoding import training_prompts
 from raydmd.training.lock import locked
 from raydmd.training.pools import check_experts, teacher_pool
 from raydmd.training.prepare import quiet
 from raydmd.training.ray_worker import prepare_process
+from raydmd.training.room import make_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
         return
     connect()
     try:
-        check_room(_teachers_alone(recipe), living_nodes())
+        make_room(_teachers_alone(recipe))
         check_experts(p, "a walk", family.routing().experts, family.routing())
         # Full requests leave no room for another in a forward, so that batches don't depend on timing.
         p = p.model_copy(update={"batch_items": origin.request})
@@ -133,6 +134,6 @@ def teller(manifest: Manifest) -> Callable[[Manifest], None]:
 
 def _teachers_alone(recipe: Recipe) -> Recipe:
     """The recipe as far as room goes: nothing trains here."""
-    placement = recipe.placement.model_copy(update={"workers": 0})
+    placement = recipe.placement.model_copy(update={"workers": 0, "workers_least": 0})
     method = recipe.method.model_copy(update={"adapt": None})
     return recipe.model_copy(update={"placement": placement, "method": method})

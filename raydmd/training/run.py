@@ -28,7 +28,7 @@ from raydmd.serving.order import ANYWHERE
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.attempts import attempts
 from raydmd.training.clips import at_pool
-from raydmd.training.cluster import check_room, connect, living_nodes, wait_briefly
+from raydmd.training.cluster import connect, wait_briefly
 from raydmd.training.encoding import encode
 from raydmd.training.events import METRICS, EventLog, read_lines
 from raydmd.training.folder import UNSENT, finished, same_run, trained
@@ -43,6 +43,7 @@ from raydmd.training.prepare import Prepared, prepare
 from raydmd.training.ranks import patience
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.retention import Retention, retain
+from raydmd.training.room import make_room
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.store import Store
 from raydmd.training.tracked import hand_over, send
@@ -137,7 +138,7 @@ def conduct(
     start, around = time.monotonic(), surroundings or Surroundings()
     recipe, family, prompts = prepared.recipe, prepared.family, prepared.prompts
     folder = recipe.folder
-    check_room(recipe, living_nodes())
+    make_room(recipe, stop)
     try:
         patiently(functools.partial(check_books, recipe), recipe)
     except DamagedCheckpoint as error:

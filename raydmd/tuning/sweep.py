@@ -22,12 +22,13 @@ from raydmd.tracking import RUN_ID
 from raydmd.tracking.group import Group
 from raydmd.tracking.model import BEST, register
 from raydmd.training.clips import at_pool
-from raydmd.training.cluster import check_room, connect, living_nodes, parallel_runs
+from raydmd.training.cluster import connect
 from raydmd.training.encoding import encode
 from raydmd.training.export import PIPELINE
 from raydmd.training.folder import UNSENT
 from raydmd.training.lock import Held, locked
 from raydmd.training.pools import teacher_pool
+from raydmd.training.room import living_nodes, make_room, parallel_runs
 from raydmd.training.run import versions
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.tracked import send
@@ -101,7 +102,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
         try:
             with stop_on_signals(stop), beating(study, stop):
                 connect()
-            check_room(base, living_nodes())
+            with stop_on_signals(stop), beating(study, stop):
+                make_room(base, stop)
             # Anew, since Ray takes SIGTERM for itself as it starts.
             with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())

@@ -115,9 +115,7 @@ def test_kuberay_accepts_what_its_operator_looks_at(name: str) -> None:
         "the autoscaler's second version"
     )
     for group in spec["workerGroupSpecs"]:
-        assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"], (
-            "room is looked for on nodes there are"
-        )
+        assert group["minReplicas"] == 0 < group["replicas"] <= group["maxReplicas"]
     names = {
         variable["name"] for t in templates(spec) for c in t["spec"]["containers"] for variable in c.get("env", [])
     }
@@ -204,12 +202,13 @@ def test_its_roles_are_those_of_the_recipe() -> None:
     for group in ray_cluster("rayjob")["workerGroupSpecs"]:
         role = group["groupName"]
         units = json.loads(json.loads(group["rayStartParams"]["resources"]))[role]
-        assert group["replicas"] * units >= copies[role], "there from the start, or a run is refused"
+        assert group["replicas"] * units >= copies[role], "while a run begins, they come beside the head"
         assert group["maxReplicas"] * units >= (p.teachers_most if role == "teacher" else copies[role])
     for cloud in ("aws", "gcp"):
         for role, kind in launcher(cloud)["available_node_types"].items():
             if role in ROLES:
-                assert kind["min_workers"] * kind["resources"][role] >= copies[role]
+                assert kind["min_workers"] == 0
+                assert kind["max_workers"] * kind["resources"][role] >= copies[role]
 
 
 def launcher(cloud: str) -> dict[str, Any]:

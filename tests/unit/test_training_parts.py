@@ -13,9 +13,10 @@ from raydmd.recipe import Recipe, Training, derive
 from raydmd.recipe_placement import Placement
 from raydmd.serving.joining import reachable
 from raydmd.training.attempts import wait_for_room
-from raydmd.training.cluster import check_room, connect, lacks_room
+from raydmd.training.cluster import connect
 from raydmd.training.events import EventLog, read_from
 from raydmd.training.plan import CyclePlan
+from raydmd.training.room import check_room, lacks_room
 from raydmd.training.sample_log import SampleLog
 from raydmd.training.session import FolderSession
 from raydmd.training.stream import Stream
