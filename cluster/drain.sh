@@ -2,7 +2,7 @@
 # Tells Ray that this node will be gone in SECONDS (default 110), and waits until its workers have left, at most so long:
 #   cluster/drain.sh [SECONDS]
 # raydmd heeds it with a checkpoint when its cycle ends and goes on elsewhere, which is no failure. For preStop hooks, spot
-# notices and whoever takes a node away by hand. It fails if no Ray runs here, and if Ray's head does not take it.
+# notices and whoever takes a node away by hand. It fails if no Ray runs here, and if a head does not take it.
 set -euo pipefail
 
 seconds=${1:-110}
@@ -22,16 +22,22 @@ for process in /proc/[0-9]*; do
 done
 ((${#raylets[@]})) || { echo "drain.sh: no Ray that $(id -un) can see runs on this node" >&2; exit 1; }
 
-end=$((SECONDS + seconds)) code=0
+end=$((SECONDS + seconds)) told=()
 for i in "${!raylets[@]}"; do
-    ray drain-node --address "${heads[i]}" --node-id "${nodes[i]}" --reason DRAIN_NODE_REASON_PREEMPTION \
-        --reason-message "drain.sh: this node goes in $seconds s" --deadline-remaining-seconds "$seconds" || { code=1; continue; }
-    echo "drain.sh: node ${nodes[i]} of ${heads[i]} has $seconds s"
+    # All at once, and none for long: a head that is down must not take another's notice.
+    (timeout 60 ray drain-node --address "${heads[i]}" --node-id "${nodes[i]}" --reason DRAIN_NODE_REASON_PREEMPTION \
+        --reason-message "drain.sh: this node goes in $seconds s" --deadline-remaining-seconds "$seconds" &&
+        echo "drain.sh: node ${nodes[i]} of ${heads[i]} has $seconds s") &
+    told+=($!)
+done
+code=0
+for process in "${told[@]}"; do
+    wait "$process" || code=1
 done
 
 # Idle workers are titled ray::IDLE; the others work.
 busy() { pgrep -P "$(IFS=,; echo "${raylets[*]}")" -f '^ray::[^I]' >/dev/null; }
-while ((code == 0 && SECONDS < end)) && busy; do
+while ((SECONDS < end)) && busy; do
     sleep 1
 done
 exit "$code"

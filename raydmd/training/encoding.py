@@ -12,6 +12,7 @@ from raydmd.errors import RunFailed, RunStopped
 from raydmd.models import load_family
 from raydmd.models.places import locate
 from raydmd.serving.order import ANYWHERE
+from raydmd.training.room import living_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,11 +69,13 @@ def encode(recipe: Recipe, family: Family, prompts: Sequence[str], cache: Path, 
         task = ray.remote(encode_part).options(
             num_cpus=min(p.teacher_cpus, p.worker_cpus), num_gpus=gpus, max_retries=2, scheduling_strategy=ANYWHERE
         )
+        # As many as have a GPU: for each one more Ray's autoscaler would bring a node.
+        ahead = max(1, min(AHEAD, int(sum(n.get("GPU", 0.0) for n in living_nodes()) // gpus))) if gpus else AHEAD
         waiting, under_way = list(parts), list[ray.ObjectRef[None]]()
         done, last = 0, time.monotonic()
         try:
             while waiting or under_way:
-                while waiting and len(under_way) < AHEAD:
+                while waiting and len(under_way) < ahead:
                     under_way.append(task.remote(recipe, waiting.pop(0), folder))
                 ready, under_way = ray.wait(under_way, timeout=1.0)
                 for reference in ready:

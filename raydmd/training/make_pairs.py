@@ -24,7 +24,7 @@ from raydmd.training.lock import locked
 from raydmd.training.pools import check_experts, teacher_pool
 from raydmd.training.prepare import quiet
 from raydmd.training.ray_worker import prepare_process
-from raydmd.training.room import make_room
+from raydmd.training.room import make_room, untrained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,7 +92,7 @@ def teacher(recipe: Recipe, family: Family, conditions: Path, origin: Origin) ->
         return
     connect()
     try:
-        make_room(_teachers_alone(recipe))
+        make_room(untrained(recipe))
         check_experts(p, "a walk", family.routing().experts, family.routing())
         # Full requests leave no room for another in a forward, so that batches don't depend on timing.
         p = p.model_copy(update={"batch_items": origin.request})
@@ -130,10 +130,3 @@ def teller(manifest: Manifest) -> Callable[[Manifest], None]:
         )
 
     return tell
-
-
-def _teachers_alone(recipe: Recipe) -> Recipe:
-    """The recipe as far as room goes: nothing trains here."""
-    placement = recipe.placement.model_copy(update={"workers": 0, "workers_least": 0})
-    method = recipe.method.model_copy(update={"adapt": None})
-    return recipe.model_copy(update={"placement": placement, "method": method})

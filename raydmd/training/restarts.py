@@ -98,14 +98,14 @@ class Budget:
             reached: progress now.
             now: a clock's reading, in seconds.
         """
+        if reached > self._reached:
+            self._reached, self._count, self._short, self._without_room = reached, 0, None, None
         if failure.kind == "room":
             since = self._without_room = now if self._without_room is None else self._without_room
             if now - since < self._patience:
                 return Again(0, PAUSES[1])
             return GiveUp(f"there was none within placement.room_timeout={self._patience:g} s")
         self._without_room = None
-        if reached > self._reached:
-            self._reached, self._count, self._short = reached, 0, None
         self._count += 1
         if failure.kind == "stall" and self._stops:
             return GiveUp("training.on_stall=stop", stopped=True)

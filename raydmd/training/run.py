@@ -43,7 +43,7 @@ from raydmd.training.prepare import Prepared, prepare
 from raydmd.training.ranks import patience
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.retention import Retention, retain
-from raydmd.training.room import make_room
+from raydmd.training.room import make_room, untrained
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.store import Store
 from raydmd.training.tracked import hand_over, send
@@ -138,11 +138,13 @@ def conduct(
     start, around = time.monotonic(), surroundings or Surroundings()
     recipe, family, prompts = prepared.recipe, prepared.family, prepared.prompts
     folder = recipe.folder
-    make_room(recipe, stop)
     try:
         patiently(functools.partial(check_books, recipe), recipe)
     except DamagedCheckpoint as error:
         go_back(recipe, error)
+    needed = untrained(recipe, workers=1) if trained(folder) else recipe  # all that is left is its evaluation
+    room = functools.partial(make_room, needed, stop, tell=functools.partial(lacking, folder))
+    room()
     paired = None if trained(folder) else check_pairs(recipe, family)
     replace(folder / "recipe.yaml", recipe.to_yaml())
     tracker = Tracker(recipe, {**versions(), **about(recipe, family), **around.tags})
@@ -156,6 +158,7 @@ def conduct(
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
         largest = max(training_latents(family, recipe.data), key=math.prod)
+        room()  # again: what has stood idle meanwhile may have been taken away
         with contextlib.ExitStack() as stack:
             # A run that is trained already asks it for the evaluation alone.
             remote = recipe.placement.teacher == "remote" and (at_pool(recipe, family) or not trained(folder))
@@ -184,6 +187,12 @@ def conduct(
     except BaseException:
         hand_over(recipe, tracker, "FAILED")
         raise
+
+
+def lacking(folder: Path, what: str) -> None:
+    """Say and write down what a run waits for before it begins."""
+    EventLog(folder / "events.jsonl").write("waiting", message=what)
+    print(what, flush=True)
 
 
 def go_back(recipe: Recipe, error: DamagedCheckpoint) -> None:

@@ -28,7 +28,7 @@ from raydmd.training.export import PIPELINE
 from raydmd.training.folder import UNSENT
 from raydmd.training.lock import Held, locked
 from raydmd.training.pools import teacher_pool
-from raydmd.training.room import living_nodes, make_room, parallel_runs
+from raydmd.training.room import grows, living_nodes, make_room, parallel_runs
 from raydmd.training.run import versions
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.tracked import send
@@ -104,6 +104,7 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
                 connect()
             with stop_on_signals(stop), beating(study, stop):
                 make_room(base, stop)
+                stay_here()
             # Anew, since Ray takes SIGTERM for itself as it starts.
             with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())
@@ -119,6 +120,16 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
             study.give_back()
             ray.shutdown()
     return DONE
+
+
+def stay_here() -> None:
+    """Have the actor that asks Ray's autoscaler for Ray Train's workers on this node.
+
+    It stays where the first of all runs creates it, which keeps that node for good: a trial may be on any.
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as asking
+
+    asking.get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
 
 
 def known_here(study: Study, spec: Sweep, cluster: str, folder: Path) -> None:
@@ -184,8 +195,9 @@ def conduct(
 ) -> None:
     """Tune's part of a sweep, on the cluster that this process is connected to."""
     base = prepared.recipe
-    room = parallel_runs(base, living_nodes())
-    parallel = min(spec.parallel or room, room)
+    room = max(1, parallel_runs(base, living_nodes()))
+    # Where nodes come for those who ask, each trial does.
+    parallel = (spec.parallel if grows(base) else min(spec.parallel, room)) or room
     print(f"{parallel} trial(s) at a time", flush=True)
     search, scheduler = searcher(spec, prepared, study, Common(base, tags, stop), stop)
     for name, value in {
@@ -287,6 +299,7 @@ def shared(prepared: Prepared, stop: Path) -> Iterator[Pool | None]:
         yield None
         return
     largest = max(training_latents(family, recipe.data), key=math.prod)
+    make_room(recipe, stop)  # again: what has stood idle meanwhile may have been taken away
     with teacher_pool(recipe, family, conditions, largest, holder=f"sweep-{recipe.output.parent.name}") as pool:
         yield pool
 

@@ -21,6 +21,7 @@ from raydmd.training.cluster import settle
 from raydmd.training.folder import finished, same_run
 from raydmd.training.lock import PATIENCE, Held, leave, locked
 from raydmd.training.prepare import prepare
+from raydmd.training.room import make_room
 from raydmd.training.run import Surroundings, conduct
 from raydmd.training.students import EVALUATION
 from raydmd.training.takeover import LEG, end_leg, release
@@ -123,6 +124,8 @@ class RunTrial(tune.Trainable):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
+                make_room(self._recipe, self._stop)
+                self._begun = time.monotonic()  # to wait for nodes costs none
                 around = Surroundings(hold.token, self._tags, tracked=True, tell=self._tell)
                 conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
                 release(self._recipe.folder)

@@ -74,6 +74,7 @@ def test_a_notice_that_a_node_goes_is_heeded_with_a_checkpoint(
     grace = 30
     other.drain(grace)
     deadline = time.time() + grace
+    [own] = [word for word in other.find("raylet/raylet")[0].cmdline() if word.startswith("--node_id=")]
     told = run.wait_for("preempted")
     assert len(told["ranks"]) == 1
     assert abs(told["deadline"] - deadline) < 10
@@ -81,6 +82,8 @@ def test_a_notice_that_a_node_goes_is_heeded_with_a_checkpoint(
     assert written["cycle"] == told["cycle"]
     assert written["time"] < deadline
     time.sleep(max(0.0, deadline - time.time()))
+    said = (other.folder / f"{other.name}-drain.log").read_text()
+    assert said.count(" has ") == said.count(f"drain.sh: node {own.partition('=')[2]} of ") == 1, said
     other.kill()
     other.start()
     assert run.end() == DONE, run.log.read_text()[-3000:]

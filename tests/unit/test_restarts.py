@@ -86,6 +86,7 @@ def test_no_room_is_waited_for_and_counts_for_nothing():
     assert again.decide(room, "", 0.0).pause
     again.decide(DEATH, "", 50.0)
     assert again.decide(room, "", 120.0) == Again(0, PAUSES[1]), "another wait"
+    assert again.decide(room, name_of(4), 900.0) == Again(0, PAUSES[1]), "it had room in between"
 
 
 def test_progress_is_the_furthest_checkpoint_and_a_rollback_goes_further():

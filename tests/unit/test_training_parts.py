@@ -7,16 +7,13 @@ import ray
 import torch
 import yaml
 
-from raydmd.errors import InputError, RunFailed, RunStopped
+from raydmd.errors import InputError, RunFailed
 from raydmd.models.base import Conditions
 from raydmd.recipe import Recipe, Training, derive
-from raydmd.recipe_placement import Placement
 from raydmd.serving.joining import reachable
-from raydmd.training.attempts import wait_for_room
 from raydmd.training.cluster import connect
-from raydmd.training.events import EventLog, read_from
+from raydmd.training.events import read_from
 from raydmd.training.plan import CyclePlan
-from raydmd.training.room import check_room, lacks_room
 from raydmd.training.sample_log import SampleLog
 from raydmd.training.session import FolderSession
 from raydmd.training.stream import Stream
@@ -145,78 +142,6 @@ def test_every_prompt_comes_once_an_epoch_and_the_negative_never():
     for epoch in range(8):
         assert sorted(rows[5 * epoch : 5 * epoch + 5]) == [1, 2, 3, 4, 5]
     assert len(set(stream.batch(0, "student").draws.positions) & set(stream.batch(0, "fake.0").draws.positions)) == 0
-
-
-def test_a_cluster_without_room_is_refused_with_the_table():
-    recipe = Recipe(training=Training(batch=64), placement=Placement(workers=4, worker_cpus=1, teachers=2))
-    check_room(recipe, [{"CPU": 5.0}])
-    with pytest.raises(InputError, match=r"(?s)too little CPU.*4 x worker.*4.*2 x teacher.*1.*there is +3"):
-        check_room(recipe, [{"CPU": 3.0}])
-    with pytest.raises(InputError, match="too little trainer"):
-        check_room(derive(recipe, {"placement.worker_resources": {"trainer": 1}}), [{"CPU": 8.0}])
-    rewarded = derive(recipe, {"method.name": "amd", "method.adapt.rewards": [{"kind": "clip", "path": "x"}]})
-    rewarded = derive(rewarded, {"placement.reward_resources": {"reward": 1}})
-    check_room(rewarded, [{"CPU": 8.0, "reward": 1.0}])
-    with pytest.raises(InputError, match="too little reward"):
-        check_room(rewarded, [{"CPU": 8.0}])
-
-
-def test_a_run_that_may_shrink_needs_room_for_what_ray_train_begins_with():
-    p = Placement(workers=4, workers_least=1, worker_cpus=1, teacher_cpus=1, worker_resources={"trainer": 1})
-    recipe = Recipe(training=Training(batch=12), placement=p)
-    head = {"CPU": 1.0}  # for the teacher
-    check_room(recipe, [head, {"CPU": 1.0, "trainer": 1.0}])
-    check_room(recipe, [head, {"CPU": 8.0, "trainer": 4.0}])
-    with pytest.raises(InputError, match=r"(?s)too little trainer.*1 x worker"):
-        check_room(recipe, [head, {"CPU": 8.0}])
-    # Ray Train would begin with two here, though one of the CPUs is the teacher's.
-    with pytest.raises(InputError, match=r"(?s)too little CPU.*2 x worker"):
-        check_room(recipe, [{"CPU": 2.0, "trainer": 2.0}])
-
-
-def test_room_for_the_workers_alone_is_waited_for():
-    p = Placement(workers=2, worker_cpus=1, teachers=9, worker_resources={"trainer": 1})
-    recipe, node = Recipe(placement=p), {"CPU": 1.0, "trainer": 1.0}
-    assert not lacks_room(recipe, [node, node])
-    lack = lacks_room(recipe, [node])
-    assert lack == "no room for 2 workers of CPU 1, trainer 1 each: 1 node with CPU 1, trainer 1 in all"
-    fewer = derive(recipe, {"placement.workers_least": 1})
-    assert not lacks_room(fewer, [node])
-    assert lacks_room(fewer, [{"CPU": 8.0}]).startswith("no room for 1 worker of")
-
-
-def test_a_run_waits_for_room_and_not_for_ever(tmp_path, capsys):
-    node = {"CPU": 1.0}
-    recipe = Recipe(output=tmp_path, placement=Placement(workers=2, worker_cpus=1, room_timeout=0.2))
-    recipe.folder.mkdir()
-    file = recipe.folder / "events.jsonl"
-    seen: list[int] = []
-
-    def nodes() -> list[dict[str, float]]:
-        return [node] if len(seen) < 3 else [node, node]
-
-    wait_for_room(recipe, EventLog(file), lambda: seen.append(1), nodes, pause=0.01)
-    assert len(seen) == 3
-    [told] = read_from(file, 0)[0]
-    assert told["event"] == "waiting"
-    assert told["message"].startswith("no room for 2 workers of CPU 1 each: 1 node with CPU 1 in all")
-    assert "placement.room_timeout" in capsys.readouterr().out
-    with pytest.raises(RunFailed, match=r"no room for 2 workers .* for placement.room_timeout=0.2 s"):
-        wait_for_room(recipe, EventLog(file), lambda: None, lambda: [node], pause=0.01)
-    (recipe.folder / "STOP").touch()
-    with pytest.raises(RunStopped, match="the same command resumes"):
-        wait_for_room(recipe, EventLog(file), lambda: None, lambda: [node], pause=0.01)
-
-
-def test_room_is_counted_per_node_not_in_sum():
-    recipe = Recipe(
-        training=Training(batch=64), placement=Placement(workers=2, worker_cpus=3, teachers=1, teacher_cpus=2)
-    )
-    check_room(recipe, [{"CPU": 5.0}, {"CPU": 3.0}])
-    with pytest.raises(InputError, match=r"(?s)no node with room for another worker.*there is +8.*largest node +4"):
-        check_room(recipe, [{"CPU": 4.0}, {"CPU": 2.0}, {"CPU": 2.0}])
-    with pytest.raises(InputError, match="no node with room for another teacher"):
-        check_room(recipe, [{"CPU": 4.0}, {"CPU": 4.0}])
 
 
 def test_a_file_that_grows_is_read_on_from_where_it_was(tmp_path):
