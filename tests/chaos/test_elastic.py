@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 PLACED = ("--placement.worker_resources={trainer: 1}", "--placement.teacher_resources={teacher: 1}")
-CYCLES, UPDATES, BATCH = 60, 10, 4
+CYCLES, UPDATES, BATCH = 60, 20, 4
 LONG = {"cycles": CYCLES, "fake_updates": UPDATES, "batch": BATCH, "report_every": 1, "sample_log": "true"}
 
 
