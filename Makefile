@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 		echo "raydmd needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the tested versions into .venv (a few minutes, about 3 GB) ..."
+	@echo "installing the tested versions into .venv (a few minutes, 7 GB with CUDA's libraries) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
 		-c constraints.txt -e '.[dev]'
 	@touch $@

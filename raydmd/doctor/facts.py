@@ -41,6 +41,7 @@ class Folder:
         free: GiB that may be written.
         total: GiB of its disk.
         sees: nodes whose files are seen there, of those that could write one.
+        made: the uppermost folder that was not there, and was made for this look alone.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Folder:
     free: float | None = None
     total: float | None = None
     sees: tuple[str, ...] = ()
+    made: str = ""
 
 
 @dataclass(frozen=True)

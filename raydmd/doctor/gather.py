@@ -77,7 +77,7 @@ def _alone(folders: list[str], storage: str | None) -> NodeFacts:
     for path in folders:
         told = here.write(path, mark, name)
         made = told.pop("made")
-        found.append(Folder(**told, sees=tuple(here.sees(path, mark, 0, 0.0))))
+        found.append(Folder(**told, made=made, sees=tuple(here.sees(path, mark, 0, 0.0))))
         here.erase(path, mark, name)
         here.tidy(path, made)
     checkpoints = try_storage(storage) if storage else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from raydmd.doctor.facts import Finding
@@ -290,6 +291,9 @@ def _folder(node: NodeFacts, folder: Folder, writers: set[str], need: Need | Non
             "training.student.lora), or write them elsewhere (output, or checkpoints.storage=s3://BUCKET/FOLDER)"
         )
         return [Finding("storage", "bad", said, cure, node.name)]
+    if folder.made not in ("", folder.path):
+        said = f"{folder.made} was not there: {folder.path} would be on the disk of {os.path.dirname(folder.made)}"
+        return [Finding("storage", "warn", said, "mount the shared storage there, if it is to be on that", node.name)]
     if folder.free is not None and folder.free < TIGHT:
         cure = "enough for small models; a checkpoint of a large one is hundreds of GiB"
         return [Finding("storage", "warn", f"{folder.path} has {_gib(folder.free)} free", cure, node.name)]

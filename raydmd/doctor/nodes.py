@@ -157,7 +157,7 @@ class Cluster:
                 if name in silent:
                     found[name].append(Folder(path, error=silent[name]))
                 else:
-                    found[name].append(Folder(**told[name], sees=tuple(sees.get(name, ()))))
+                    found[name].append(Folder(**told[name], made=made[name], sees=tuple(sees.get(name, ()))))
             # One after the other: a folder goes when all files in it are gone.
             self._ask(probes, lambda n, p, at=path, m=mark: p.erase.remote(at, m, n))  # type: ignore[misc]
             self._ask(probes, lambda n, p, at=path, m=made: p.tidy.remote(at, m.get(n, "")))  # type: ignore[misc]

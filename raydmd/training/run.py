@@ -20,13 +20,14 @@ import torch
 
 from raydmd import __version__
 from raydmd.data.real import prepare as prepare_real
-from raydmd.errors import DONE, DamagedCheckpoint, RunFailed, RunStopped
+from raydmd.errors import DONE, DamagedCheckpoint, InputError, RunFailed, RunStopped
 from raydmd.files import replace
 from raydmd.models.sizes import training_latents
 from raydmd.redact import hidden
 from raydmd.serving.order import ANYWHERE
 from raydmd.tracking.tracker import Tracker
 from raydmd.training.attempts import attempts
+from raydmd.training.checkpoint import cycle_of
 from raydmd.training.clips import at_pool
 from raydmd.training.cluster import connect, wait_briefly
 from raydmd.training.encoding import encode
@@ -42,6 +43,7 @@ from raydmd.training.pools import reward_pool, sampler_pool, teacher_pool
 from raydmd.training.prepare import Prepared, prepare
 from raydmd.training.ranks import patience
 from raydmd.training.ray_worker import WorkerConfig, train_loop
+from raydmd.training.restarts import progress
 from raydmd.training.retention import Retention, retain
 from raydmd.training.room import make_room, untrained
 from raydmd.training.stopping import stop_on_signals
@@ -85,19 +87,25 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
 
     Raises:
         InputError: before anything starts.
-        RunStopped: after a checkpoint; the same command resumes.
+        RunStopped: after a checkpoint; the same command resumes, without ``max_cycles`` or with more.
         RunFailed: what was computed is kept.
     """
     prepared = prepare(recipe)
     recipe, folder = prepared.recipe, prepared.recipe.folder
     with locked(folder) as hold:
+        same_run(recipe, folder)
         if finished(folder):
             if (folder / UNSENT).is_file():
                 sent(folder)
             print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
             return DONE
-        same_run(recipe, folder)
-        print(f"run '{recipe.name}' in {folder}: starting", flush=True)
+        done = cycles_done(folder)
+        if max_cycles and done >= max_cycles:
+            raise InputError(
+                f"run '{recipe.name}' in {folder} has {done} cycles already; give more than that as --max-cycles, or "
+                "leave it out"
+            )
+        print(f"run '{recipe.name}' in {folder}: {f'going on from cycle {done}' if done else 'starting'}", flush=True)
         if hold.before:
             EventLog(folder / "events.jsonl").write("lock", before=hold.before)
         stop = folder / "STOP"
@@ -110,6 +118,12 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
         finally:
             ray.shutdown()
     return DONE
+
+
+def cycles_done(folder: Path) -> int:
+    """Cycles after which a run's furthest checkpoint was written."""
+    newest = progress(read_lines(folder / "events.jsonl"))
+    return cycle_of(newest) if newest else 0
 
 
 def sent(folder: Path) -> None:
@@ -292,7 +306,7 @@ def train(
         retain(recipe, store)
         follower.close()
         news = list(read_lines(events))[seen:]
-    return outcome(recipe, news)
+    return outcome(recipe, news, stop_at)
 
 
 def note(pools: Sequence[Pool], events: Path) -> None:
@@ -302,7 +316,7 @@ def note(pools: Sequence[Pool], events: Path) -> None:
             EventLog(events).write("replica", replica=news.replica, state=news.state, why=news.why)
 
 
-def outcome(recipe: Recipe, news: list[dict[str, Any]]) -> str:
+def outcome(recipe: Recipe, news: list[dict[str, Any]], stop_at: int | None = None) -> str:
     """What the workers' last words mean: a final checkpoint, a stop, or a failure that no restart cures."""
     last = next((e for e in reversed(news) if e["event"] in ("finished", "stopped", "failed", "damaged")), None)
     if last is None:
@@ -313,6 +327,8 @@ def outcome(recipe: Recipe, news: list[dict[str, Any]]) -> str:
         raise RunFailed(f"run '{recipe.name}' failed: {last['message']}\nLog: {recipe.folder / 'events.jsonl'}")
     if last["event"] == "stopped":
         by, how = "", "the same command resumes it"
+        if stop_at and last["cycle"] >= stop_at:
+            by, how = " (--max-cycles)", "without it, or with more, the same command goes on"
         if last["alarm"]:
             by, how = f" by its monitor: {last['alarm']}", f"{how}, as do other settings of monitor"
         raise RunStopped(f"run '{recipe.name}' stopped after {last['cycle']} cycles with a checkpoint{by}; {how}")

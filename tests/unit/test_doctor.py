@@ -233,6 +233,10 @@ LOOK = {
     "metrics that can't be had": (sick(metrics="http://10.0.0.2:8080/metrics: refused"), "metrics"),
     "Prometheus that is down": (replace(WELL, services=(Service("Prometheus", "http://x", "refused"),)), "dashboards"),
     "a node without the mode": (sick(auth=""), "token"),
+    "storage that is not mounted": (
+        sick(folders=(Folder("/shared/runs", "", 99.0, 100.0, ("a", "b"), "/shared"),)),
+        "storage",
+    ),
     "room that the autoscaler is asked for": (replace(WELL, room="too little trainer\nfewer", grows=True), "room"),
 }
 
