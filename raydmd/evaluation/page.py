@@ -68,6 +68,9 @@ table { border-collapse: collapse; width: 100%; }
 .sheet .clip { display: flex; gap: 6px; }
 .sheet img { display: block; image-rendering: pixelated; border-radius: 3px; }
 .sheet .strip { opacity: .94; }
+@media (max-width: 1279px) and (prefers-reduced-motion: no-preference) {
+  .sheet .moving + .strip { display: none; }  /* or the student would be out of sight */
+}
 @media (prefers-reduced-motion: reduce) { .moving { display: none !important; } }
 .curves { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;

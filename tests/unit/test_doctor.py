@@ -234,7 +234,7 @@ LOOK = {
     "Prometheus that is down": (replace(WELL, services=(Service("Prometheus", "http://x", "refused"),)), "dashboards"),
     "a node without the mode": (sick(auth=""), "token"),
     "storage that is not mounted": (
-        sick(folders=(Folder("/shared/runs", "", 99.0, 100.0, ("a", "b"), "/shared"),)),
+        sick(folders=(replace(WELL.nodes[1].folders[0], made="/shared"),)),
         "storage",
     ),
     "room that the autoscaler is asked for": (replace(WELL, room="too little trainer\nfewer", grows=True), "room"),
