@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from raydmd.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -27,6 +27,8 @@ _PAPER, _INK, _MUTED = (255, 255, 255), (28, 28, 30), (110, 110, 116)
 _MILLISECONDS = 140
 LINE = 17
 """Height of a line of text, pixels."""
+DECADES = 100.0
+"""Times its smallest value that a curve's largest is drawn as it is."""
 
 
 def display_size(clip: Tensor) -> tuple[int, int]:
@@ -152,6 +154,9 @@ def contact_sheet(contact: Sequence[Samples], *, frames: int = STRIP_FRAMES) -> 
 def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str | None:
     """One figure over the cycles as inline SVG; colours come from the page's ``currentColor``.
 
+    Positive values that span more than :data:`DECADES` are drawn by their logarithms, and the axis says so: phases have
+    losses of different sizes.
+
     Args:
         points: cycle and value; values that are not finite are left out.
         marks: cycles with an upright line, if they are within the points'.
@@ -165,11 +170,13 @@ def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str
     width, height, left, right, top, bottom = 350, 150, 62, 10, 10, 22
     xs, ys = [x for x, _ in kept], [y for _, y in kept]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    wide, tall = (x1 - x0) or 1, (y1 - y0) or 1.0
+    decades = y0 > 0 and y1 > DECADES * y0
+    scale: Callable[[float], float] = math.log if decades else float
+    wide, tall = (x1 - x0) or 1, (scale(y1) - scale(y0)) or 1.0
 
     def place(x: float, y: float) -> str:
         across = left + (x - x0) / wide * (width - left - right)
-        down = height - bottom - (y - y0) / tall * (height - top - bottom)
+        down = height - bottom - (scale(y) - scale(y0)) / tall * (height - top - bottom)
         return f"{across:.1f},{down:.1f}"
 
     line = " ".join(place(x, y) for x, y in kept)
@@ -184,7 +191,8 @@ def curve(points: Sequence[tuple[int, float]], marks: Sequence[int] = ()) -> str
         'stroke-linejoin="round"/>'
         f'<text x="{left - 6}" y="{top + 4}" text-anchor="end" {text}>{y1:.3g}</text>'
         f'<text x="{left - 6}" y="{floor + 4}" text-anchor="end" {text}>{y0:.3g}</text>'
-        f'<text x="{left}" y="{height - 6}" {text}>{x0}</text>'
+        + (f'<text x="{left - 6}" y="{(top + floor) / 2 + 4:g}" text-anchor="end" {text}>log</text>' if decades else "")
+        + f'<text x="{left}" y="{height - 6}" {text}>{x0}</text>'
         f'<text x="{width - right}" y="{height - 6}" text-anchor="end" {text}>{x1}</text>'
         "</svg>"
     )

@@ -223,6 +223,21 @@ def test_curves_mark_where_phases_change() -> None:
     assert 'd="M131.5,10.0V128M270.5,10.0V128"' in path
 
 
+def test_curves_over_decades_are_drawn_by_logarithms() -> None:
+    def heights(values: list[float]) -> tuple[list[float], bool]:
+        drawn = curve(list(enumerate(values)))
+        assert drawn is not None
+        line = drawn.split('polyline points="')[1].split('"')[0]
+        return [float(place.split(",")[1]) for place in line.split()], ">log<" in drawn
+
+    (low, middle, high), said = heights([0.01, 1.0, 100.0])
+    assert said
+    assert middle == pytest.approx((low + high) / 2)
+    (low, middle, high), said = heights([0.0, 1.0, 100.0])  # zero has no logarithm
+    assert not said
+    assert middle == pytest.approx(low + 0.01 * (high - low), abs=0.1)
+
+
 def test_taking_rows_keeps_prompts_with_clips() -> None:
     part = samples("teacher", 0.2).take([7, 0])
     assert part.prompts == ["a blue bag", "a red bag"]
