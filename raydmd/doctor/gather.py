@@ -17,7 +17,7 @@ from raydmd.doctor.services import ask_tracking
 from raydmd.errors import InputError
 from raydmd.serving.top import join
 from raydmd.training.cluster import lasting
-from raydmd.training.room import check_room, living_nodes
+from raydmd.training.room import check_room, grows, living_nodes
 
 if TYPE_CHECKING:
     from raydmd.recipe import Recipe
@@ -47,8 +47,8 @@ def gather(address: str, recipe: Recipe | None, deadline: float) -> Facts:
         return Facts(address=address, joined=str(error), asks_token=asks, tracking=tracking)
     try:
         found = Cluster(deadline).look(folders, inputs_of(recipe) if recipe else [], storage)
-        room, grows = _room(recipe), bool(recipe and recipe.placement.autoscaled)
-        return dataclasses.replace(found, address=address, tracking=tracking, room=room, grows=grows, need=need)
+        room, may_come = _room(recipe), bool(recipe and grows(recipe))
+        return dataclasses.replace(found, address=address, tracking=tracking, room=room, grows=may_come, need=need)
     finally:
         ray.shutdown()
 

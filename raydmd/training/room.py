@@ -23,9 +23,7 @@ EPSILON = 1e-9
 MOST_WORKERS = 4096
 
 
-def make_room(
-    recipe: Recipe, stop: Path | None = None, *, pause: float = 1.0, tell: Callable[[str], Any] = print
-) -> None:
+def make_room(recipe: Recipe, stop: Path | None = None, log: EventLog | None = None, *, pause: float = 1.0) -> None:
     """Refuse a run that the cluster has no room for; where it may grow (``placement.autoscaled``) ask for it first.
 
     What nodes have is looked at, free or not, as in :func:`check_room`: a run waits its turn on nodes that are taken.
@@ -33,8 +31,8 @@ def make_room(
     Args:
         recipe: the run.
         stop: a file that ends the waiting.
+        log: is told once what is lacking.
         pause: seconds between two looks.
-        tell: is told once what is lacking.
 
     Raises:
         InputError: see :func:`check_room`.
@@ -55,7 +53,12 @@ def make_room(
             lack = _lack(bundles, copies, nodes, homeless[0])
             if not told:
                 told = True
-                tell(f"{lack}\nasked Ray's autoscaler; waiting for up to {patience:g} s (placement.room_timeout)")
+                if log:
+                    log.write("waiting", message=lack)
+                print(
+                    f"{lack}\nasked Ray's autoscaler; waiting for up to {patience:g} s (placement.room_timeout)",
+                    flush=True,
+                )
             if stop and stop.exists():
                 raise RunStopped(f"run '{recipe.name}' stopped before it had room; the same command starts it")
             if time.monotonic() > deadline:

@@ -45,7 +45,7 @@ from raydmd.training.ranks import patience
 from raydmd.training.ray_worker import WorkerConfig, train_loop
 from raydmd.training.restarts import progress
 from raydmd.training.retention import Retention, retain
-from raydmd.training.room import make_room, untrained
+from raydmd.training.room import grows, make_room, untrained
 from raydmd.training.stopping import stop_on_signals
 from raydmd.training.store import Store
 from raydmd.training.tracked import hand_over, send
@@ -66,12 +66,14 @@ class Surroundings:
         holder: of the lease that its folder is held by; empty if by none.
         tags: of its MLflow run.
         tracked: whether the tracking server was seen; it is then no reason to refuse a run that it is away.
+        placed: is called once the cluster has room for it.
         tell: is called with the figures of each evaluation while it trains, and of the last one.
     """
 
     holder: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     tracked: bool = False
+    placed: Callable[[], None] = lambda: None
     tell: Callable[[dict[str, float]], None] = lambda _: None
 
 
@@ -100,7 +102,7 @@ def run(recipe: Recipe, *, max_cycles: int | None = None) -> int:
             print(f"run '{recipe.name}' is finished: {folder / 'report.html'}\nGive another --name to run anew.")
             return DONE
         done = cycles_done(folder)
-        if max_cycles and done >= max_cycles:
+        if max_cycles and max_cycles <= done < recipe.training.cycles:  # evaluation is no cycle
             raise InputError(
                 f"run '{recipe.name}' in {folder} has {done} cycles already; give more than that as --max-cycles, or "
                 "leave it out"
@@ -157,8 +159,9 @@ def conduct(
     except DamagedCheckpoint as error:
         go_back(recipe, error)
     needed = untrained(recipe, workers=1) if trained(folder) else recipe  # all that is left is its evaluation
-    room = functools.partial(make_room, needed, stop, tell=functools.partial(lacking, folder))
-    room()
+    log = EventLog(folder / "events.jsonl")
+    make_room(needed, stop, log)
+    around.placed()
     paired = None if trained(folder) else check_pairs(recipe, family)
     replace(folder / "recipe.yaml", recipe.to_yaml())
     tracker = Tracker(recipe, {**versions(), **about(recipe, family), **around.tags})
@@ -172,7 +175,8 @@ def conduct(
         if stop.exists():
             raise RunStopped(f"run '{recipe.name}' stopped before it began; the same command starts it")
         largest = max(training_latents(family, recipe.data), key=math.prod)
-        room()  # again: what has stood idle meanwhile may have been taken away
+        if grows(needed):  # what has stood idle meanwhile may have been taken away
+            make_room(needed, stop, log)
         with contextlib.ExitStack() as stack:
             # A run that is trained already asks it for the evaluation alone.
             remote = recipe.placement.teacher == "remote" and (at_pool(recipe, family) or not trained(folder))
@@ -201,12 +205,6 @@ def conduct(
     except BaseException:
         hand_over(recipe, tracker, "FAILED")
         raise
-
-
-def lacking(folder: Path, what: str) -> None:
-    """Say and write down what a run waits for before it begins."""
-    EventLog(folder / "events.jsonl").write("waiting", message=what)
-    print(what, flush=True)
 
 
 def go_back(recipe: Recipe, error: DamagedCheckpoint) -> None:

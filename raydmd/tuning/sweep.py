@@ -104,7 +104,8 @@ def sweep(spec: Sweep, base: Recipe, *, cluster: str, agreed: Callable[[], objec
                 connect()
             with stop_on_signals(stop), beating(study, stop):
                 make_room(base, stop)
-                stay_here()
+                if grows(base):
+                    stay_here()
             # Anew, since Ray takes SIGTERM for itself as it starts.
             with stop_on_signals(stop), beating(study, stop), shared(prepared, stop) as pool:
                 group = Group.open(base, spec.name, study.attribute, versions())
@@ -299,7 +300,8 @@ def shared(prepared: Prepared, stop: Path) -> Iterator[Pool | None]:
         yield None
         return
     largest = max(training_latents(family, recipe.data), key=math.prod)
-    make_room(recipe, stop)  # again: what has stood idle meanwhile may have been taken away
+    if grows(recipe):  # what has stood idle meanwhile may have been taken away
+        make_room(recipe, stop)
     with teacher_pool(recipe, family, conditions, largest, holder=f"sweep-{recipe.output.parent.name}") as pool:
         yield pool
 

@@ -21,7 +21,6 @@ from raydmd.training.cluster import settle
 from raydmd.training.folder import finished, same_run
 from raydmd.training.lock import PATIENCE, Held, leave, locked
 from raydmd.training.prepare import prepare
-from raydmd.training.room import make_room
 from raydmd.training.run import Surroundings, conduct
 from raydmd.training.students import EVALUATION
 from raydmd.training.takeover import LEG, end_leg, release
@@ -124,9 +123,7 @@ class RunTrial(tune.Trainable):
                     self._tell(figures_kept(self._recipe))
                     return
                 same_run(self._recipe, self._recipe.folder)
-                make_room(self._recipe, self._stop)
-                self._begun = time.monotonic()  # to wait for nodes costs none
-                around = Surroundings(hold.token, self._tags, tracked=True, tell=self._tell)
+                around = Surroundings(hold.token, self._tags, tracked=True, placed=self._placed, tell=self._tell)
                 conduct(prepared, self._stop, max_cycles=self._until, surroundings=around)
                 release(self._recipe.folder)
         except Held:
@@ -144,6 +141,9 @@ class RunTrial(tune.Trainable):
             with (self._recipe.folder / "error.log").open("a", encoding="utf-8") as log:
                 log.write(hidden(traceback.format_exc()) + "\n")
             self._fail(f"{type(error).__name__}: {error} (traceback in error.log)")
+
+    def _placed(self) -> None:
+        self._begun = time.monotonic()  # to wait for nodes costs none
 
     def _leave(self, why: str) -> None:
         self._lost.set()

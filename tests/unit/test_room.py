@@ -107,16 +107,17 @@ def grown(tmp_path, **placement) -> Recipe:
 
 
 def test_only_what_is_lacking_is_asked_for_and_not_for_longer_than_it_is(tmp_path, asked, monkeypatch):
-    head, trainer, said = {"CPU": 1.0}, {"CPU": 1.0, "trainer": 1.0}, []
+    head, trainer, log = {"CPU": 1.0}, {"CPU": 1.0, "trainer": 1.0}, tmp_path / "events.jsonl"
     nodes = iter([[head], [head, trainer], [head, trainer, trainer]])
     monkeypatch.setattr(room, "living_nodes", lambda: next(nodes))
-    room.make_room(grown(tmp_path), tell=said.append, pause=0.01)
+    room.make_room(grown(tmp_path), log=EventLog(log), pause=0.01)
     [group] = asked
     assert group.bundles == [{"CPU": 1.0, "trainer": 1.0}] * 2
     assert group.removed
-    [told] = said
-    assert "too little CPU, trainer" in told
-    assert "use fewer" not in told
+    [told] = read_from(log, 0)[0]
+    assert told["event"] == "waiting"
+    assert "too little CPU, trainer" in told["message"]
+    assert "use fewer" not in told["message"]
 
 
 def test_where_ray_has_placed_it_there_is_room(tmp_path, asked, monkeypatch):
